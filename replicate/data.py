@@ -1,0 +1,347 @@
+"""Image sets as uint8 tensors on the device; files are streamed when they do not fit.
+
+Order of search for the data root: --data, $REPLICATE_DATA, ./data beside run_all.sh.  A set that is not there is
+downloaded by torchvision (its addresses and checksums), decoded once and packed as <root>/packed/<name>.npz with the
+keys x_train, y_train, x_test, y_test (images NHWC uint8).  The SHA-256 of what was decoded goes into every record.
+"""
+import hashlib
+import io
+import os
+import socket
+import threading
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torchvision import datasets
+
+from replicate import embedded
+
+ROOT = Path(__file__).resolve().parents[1]
+PROBE_SECONDS = 10        # how long an unreachable download host may cost before we say so
+RESIDENT_SHARE = 0.25     # of the device's memory that a set may take to be kept there
+
+
+class InputError(Exception):
+    """Something the user gave is wrong: one line, exit status 2, nothing written."""
+
+
+class Resident:
+    """Images (N,C,H,W) uint8 and labels (N,) int64, both on the device."""
+
+    def __init__(self, images, labels):
+        self.images, self.labels = images, labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batches(self, order):
+        """Yield (images, labels) for each index tensor (B,) in order."""
+        for indices in order:
+            indices = indices.to(self.images.device)
+            yield self.images[indices], self.labels[indices]
+
+    def take(self, indices):
+        indices = torch.as_tensor(indices, device=self.images.device)
+        return Resident(self.images[indices], self.labels[indices])
+
+
+class Streamed:
+    """The same for image files that do not fit: workers decode, batches arrive on the device as uint8 (B,3,S,S)."""
+
+    def __init__(self, files, labels, size, device):
+        self.files, self.labels, self.size, self.device = files, labels, size, device
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        try:
+            return decode(self.files[index], self.size), self.labels[index]
+        except InputError as error:  # a worker's traceback would be many lines: hand the one line over instead
+            return str(error)
+
+    def batches(self, order):
+        loader = torch.utils.data.DataLoader(
+            self, batch_sampler=(indices.tolist() for indices in order), collate_fn=_collate,
+            num_workers=min(os.cpu_count() or 1, 16), pin_memory=self.device.type == "cuda", prefetch_factor=2)
+        for batch in loader:
+            if isinstance(batch, str):
+                raise InputError(batch)
+            images, labels = batch
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def take(self, indices):
+        indices = torch.as_tensor(indices).tolist()
+        return Streamed([self.files[i] for i in indices], self.labels[indices], self.size, self.device)
+
+
+def _collate(samples):
+    for sample in samples:
+        if isinstance(sample, str):
+            return sample
+    images, labels = zip(*samples)
+    return torch.stack(images), torch.stack(labels)
+
+
+@dataclass
+class ImageSet:
+    """train and test are Resident or Streamed; sha256 maps a set's name to the hash of what was decoded."""
+    name: str
+    train: Resident | Streamed
+    test: Resident | Streamed
+    classes: int
+    sha256: dict = field(default_factory=dict)
+
+
+def data_root(argument=None):
+    """--data, else $REPLICATE_DATA, else data/ beside run_all.sh; made absolute."""
+    return Path(argument or os.environ.get("REPLICATE_DATA") or ROOT / "data").expanduser().absolute()
+
+
+def load(name, root, device, size=None, streamed=None):
+    """Load an image set.
+
+    name: cifar10, mnist, usps; imagenette, imagenet (folders under the root); embedded or embedded-digits
+    (drawn by the code); folder:DIR with train/<class>/ and test/<class>/ (or val/).
+    size: side in pixels for files of any shape (shorter side resized, centre cropped); packed sets have their own.
+    streamed: None keeps a folder on the device when it takes less than a quarter of the memory.
+    Raises InputError with one line that names the thing and the way out.
+    """
+    device = torch.device(device)
+    root = Path(root)
+    if name.startswith("folder:") or name in ("imagenette", "imagenet"):
+        return _load_folder(name, root, device, size, streamed)
+    if name.startswith("embedded"):
+        arrays = _draw(name, size)
+    elif name in PACKED:
+        arrays = _read_packed(name, root)
+    else:
+        raise InputError(f"unknown data set '{name}'; known: {', '.join(PACKED)}, imagenette, imagenet, embedded, "
+                         "embedded-digits, folder:DIR")
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    x_train, y_train, x_test, y_test = arrays
+
+    def split(x, y):
+        images = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).to(device)
+        return Resident(images, torch.from_numpy(y.astype(np.int64)).to(device))
+
+    return ImageSet(name, split(x_train, y_train), split(x_test, y_test), int(y_train.max()) + 1,
+                    {name: digest.hexdigest()})
+
+
+# Packed sets: torchvision downloads and decodes, we keep one file.  name -> (classes, image shape (H,W,C), loader)
+def _torchvision(dataset, root, download):
+    """x_train, y_train, x_test, y_test as NHWC uint8 and uint8 from a torchvision data set with PIL images."""
+    arrays = []
+    for train in (True, False):
+        part = dataset(str(root), train=train, download=download)
+        images = np.stack([np.asarray(image) for image, _ in part])
+        labels = np.array(part.targets)
+        arrays += [images if images.ndim == 4 else images[..., None], labels.astype(np.uint8)]
+    return arrays
+
+
+PACKED = {"cifar10": (10, (32, 32, 3), datasets.CIFAR10),
+          "mnist": (10, (28, 28, 1), datasets.MNIST), "usps": (10, (16, 16, 1), datasets.USPS)}
+ADDRESS = {"cifar10": datasets.CIFAR10.url, "mnist": datasets.MNIST.mirrors[0],
+           "usps": datasets.USPS.split_list["train"][0], "imagenette": datasets.Imagenette._ARCHIVES["full"][0]}
+
+
+def _check_arrays(arrays, name):
+    classes, shape, _ = PACKED[name]
+    for x, y in (arrays[:2], arrays[2:]):
+        if x.dtype != np.uint8 or x.shape[1:] != shape or y.shape != x.shape[:1] or len(y) == 0:
+            raise ValueError(f"images {x.dtype} {x.shape}, labels {y.shape}; expected uint8 (N, {shape})")
+        if y.min() < 0 or y.max() >= classes:
+            raise ValueError(f"labels {y.min()}..{y.max()}; expected 0..{classes - 1}")
+
+
+def _read_packed(name, root):
+    path = root / "packed" / f"{name}.npz"
+    if path.exists():
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = [archive[key] for key in ("x_train", "y_train", "x_test", "y_test")]
+            _check_arrays(arrays, name)
+            return arrays
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            aside = path.with_suffix(".npz.damaged")
+            print(f"warning: {path} is damaged ({error}); set aside as {aside.name} and made anew", flush=True)
+            try:
+                path.replace(aside)
+            except OSError:
+                raise InputError(f"{path} is damaged and cannot be moved away: delete it") from None
+    arrays = _from_torchvision(name, root)
+    _check_arrays(arrays, name)
+    buffer = io.BytesIO()
+    np.savez(buffer, **dict(zip(("x_train", "y_train", "x_test", "y_test"), arrays)))
+    try:
+        write_atomically(path, buffer.getbuffer())
+    except OSError as error:
+        print(f"warning: {path} could not be written ({error.strerror}); decoding again next time", flush=True)
+    return arrays
+
+
+def _from_torchvision(name, root):
+    dataset = PACKED[name][2]
+    try:
+        return _torchvision(dataset, root, download=False)
+    except RuntimeError:  # "Dataset not found or corrupted"
+        pass
+    if not reachable(ADDRESS[name]):
+        raise InputError(f"no data set '{name}' in {root} and its host cannot be reached: give the folder that holds "
+                         "it with --data DIR, or run on drawn images with --data embedded")
+    print(f"downloading {name} to {root}", flush=True)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        return _torchvision(dataset, root, download=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"downloading '{name}' to {root} failed ({str(error).splitlines()[0]}): repeat, give the "
+                         "folder that holds it with --data DIR, or use --data embedded") from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def reachable(address):
+    """True if the address's host takes a connection within PROBE_SECONDS, name look-up included.  Asked once a host."""
+    host = urlsplit(address).hostname
+    if host not in _reachable:
+        def connect():
+            try:
+                socket.create_connection((host, 443), timeout=PROBE_SECONDS).close()
+                _reachable[host] = True
+            except OSError:
+                pass
+        thread = threading.Thread(target=connect, daemon=True)
+        thread.start()
+        thread.join(PROBE_SECONDS)
+        _reachable.setdefault(host, False)
+    return _reachable[host]
+
+
+_reachable = {}
+
+
+def available(name, root):
+    """Where the set comes from: "disk", "download", or None when neither is possible."""
+    root = Path(root)
+    if name.startswith("embedded"):
+        return "disk"
+    if name.startswith("folder:") or name in ("imagenette", "imagenet"):
+        if _folder(name, root):
+            return "disk"
+    else:
+        raw = {"cifar10": "cifar-10-batches-py", "mnist": "MNIST/raw", "usps": "usps.bz2"}
+        if (root / "packed" / f"{name}.npz").exists() or (root / raw[name]).exists():
+            return "disk"
+    return "download" if name in ADDRESS and reachable(ADDRESS[name]) else None
+
+
+def _draw(name, size):
+    """The drawn sets, 10,000 train and 2,000 test images: as hard as their docstring says, the same on every machine."""
+    if name == "embedded":
+        train, test = (embedded.embedded_objects(count, seed, size or 32) for count, seed in ((10000, 0), (2000, 1)))
+    elif name == "embedded-digits":
+        train, test = (embedded.embedded_digits(count, seed) for count, seed in ((10000, 0), (2000, 1)))
+    else:
+        raise InputError(f"unknown data set '{name}'; drawn sets are embedded and embedded-digits")
+    return [array for images, labels in (train, test)
+            for array in (images.permute(0, 2, 3, 1).numpy(), labels.numpy().astype(np.uint8))]
+
+
+# Folders of image files
+def _folder(name, root):
+    """The folder with train/ in it, or None."""
+    if name.startswith("folder:"):
+        candidates = [Path(name[len("folder:"):]).expanduser()]
+    else:
+        candidates = sorted(root.glob("imagenette2*")) if name == "imagenette" else [root / name]
+    return next((path for path in candidates if (path / "train").is_dir()), None)
+
+
+def decode(path, size):
+    """Image file -> uint8 (3,size,size): RGB, shorter side resized to size (antialiased bilinear), centre cropped."""
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+            if min(image.size) < 8:
+                raise InputError(f"image {path} is {image.size[0]} x {image.size[1]} pixels; at least 8 are needed")
+            if image.size != (size, size):
+                scale = size / min(image.size)
+                width, height = (max(size, round(side * scale)) for side in image.size)
+                left, top = (width - size) // 2, (height - size) // 2
+                image = image.resize((width, height), Image.BILINEAR).crop((left, top, left + size, top + size))
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise InputError(f"image {path} cannot be read ({str(error).splitlines()[0]}): mend or remove it") from None
+
+
+def _load_folder(name, root, device, size, streamed):
+    folder = _folder(name, root)
+    if folder is None and name == "imagenette" and reachable(ADDRESS[name]):
+        print(f"downloading imagenette to {root}", flush=True)
+        root.mkdir(parents=True, exist_ok=True)
+        datasets.Imagenette(str(root), split="train", size="full", download=True)
+        folder = _folder(name, root)
+    if folder is None:
+        where = name[len("folder:"):] if name.startswith("folder:") else root
+        raise InputError(f"no folder with train/<class>/ images for '{name}' in {where}: give it with --data DIR or "
+                         "--set dataset=folder:DIR, or use --data embedded")
+    test = folder / "test" if (folder / "test").is_dir() else folder / "val"
+    listings = []
+    for part in (folder / "train", test):
+        try:
+            listings.append(datasets.ImageFolder(str(part)))
+        except (FileNotFoundError, OSError) as error:
+            raise InputError(f"no images in {part}: {str(error).splitlines()[0]}") from None
+    train, test = listings
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))
+        raise InputError(f"train and test in {folder} have different classes: {', '.join(odd[:5])}")
+    if len(train.classes) < 2:
+        raise InputError(f"only one class in {folder / 'train'} ({train.classes[0]}): at least two are needed")
+    size = size or 128
+    memory = (torch.cuda.mem_get_info(device)[1] if device.type == "cuda"
+              else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if streamed is None:
+        streamed = (len(train) + len(test)) * 3 * size * size > RESIDENT_SHARE * memory
+    digest = hashlib.sha256(f"size {size}".encode())
+    splits = []
+    for listing in (train, test):
+        files = [path for path, _ in listing.samples]
+        labels = torch.tensor([label for _, label in listing.samples])
+        if streamed:  # reading a million files to hash them would take hours: names, sizes and labels stand for them
+            splits.append(Streamed(files, labels, size, device))
+            for path in files:
+                digest.update(f"{Path(path).relative_to(folder)} {os.path.getsize(path)}\n".encode())
+        else:
+            with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+                images = torch.stack(list(pool.map(lambda path: decode(path, size), files)))
+            digest.update(images.numpy())
+            digest.update(labels.numpy())
+            splits.append(Resident(images.to(device), labels.to(device)))
+    return ImageSet(name, *splits, len(train.classes), {name.split(":")[0]: digest.hexdigest()})
+
+
+def write_atomically(path, content):
+    """Write bytes under a temporary name, fsync, rename: the file is whole or not there.  Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
