@@ -6,6 +6,7 @@ Nothing random is saved, one more random call shifts nothing else, and a run res
 never stopped.
 """
 import argparse
+import ast
 import dataclasses
 import fcntl
 import fnmatch
@@ -15,7 +16,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional as dist_functional
 import torchvision
 import yaml
 from torch import nn
@@ -210,8 +211,6 @@ class Run:
         if self.plan:
             self.say(f"  {row:<40} {seconds / 60:8.1f} min with its pre-training   {peak_memory(self.device):6.0f} MB")
             return
-        if self.rank > 0:
-            return
         threads = torch.get_num_threads() if self.device.type == "cpu" else None
         record = {
             "paper": self.paper, "row": row, "metric": metric, "value": None if value is None else round(value, 4),
@@ -223,12 +222,14 @@ class Run:
             "peak_memory_mb": round(peak_memory(self.device)), "started": self.started, "status": status}
         if error:
             record["error"] = error
+        self.records.append(record)
+        if self.rank > 0:
+            return
         try:
             report.append_record(self.record_file, record)
         except OSError as failure:
-            raise InputError(f"cannot write {self.record_file} ({failure.strerror}): make room or give another folder "
-                             "with --results DIR") from None
-        self.records.append(record)
+            raise InputError(f"cannot write {self.record_file} ({failure.strerror or failure}): make room or give another "
+                             "folder with --results DIR") from None
         if status == "ok":
             self.say(f"seed {self.seed}  {row:<44} {value:7.2f} %")
 
@@ -271,7 +272,7 @@ class Run:
         if step >= steps:
             return seconds
         if self.ranks > 1:
-            synchronize_batch_norm(model)
+            synchronize_batch_norm(model, self.device)
 
         def save():
             if self.rank > 0 or self.plan:
@@ -392,47 +393,39 @@ def average_gradients(parameters):
         gradient.copy_(mean.view_as(gradient))
 
 
-class RankBatchNorm(nn.Module):
+class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Training statistics over the batches of all ranks, for the CPU: torch's SyncBatchNorm takes GPU tensors only."""
 
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
     def forward(self, x):
-        inner = self.inner
-        if not inner.training:
-            return inner(x)
-        dims = [d for d in range(x.dim()) if d != 1]
-        values = x.float()
+        if not self.training:
+            return super().forward(x)
+        dims, shape = [d for d in range(x.dim()) if d != 1], [1, -1] + [1] * (x.dim() - 2)
+        values, ranks = x.float(), dist.get_world_size()
         moments = torch.cat([values.mean(dims), values.square().mean(dims)])
-        moments = dist.nn.all_reduce(moments) / dist.get_world_size()
-        mean, square = moments.chunk(2)
+        mean, square = (dist_functional.all_reduce(moments) / ranks).chunk(2)
         variance = square - mean.square()
         with torch.no_grad():
-            count = x.numel() // x.shape[1] * dist.get_world_size()
-            inner.running_mean.lerp_(mean, inner.momentum)
-            inner.running_var.lerp_(variance * count / (count - 1), inner.momentum)
-            inner.num_batches_tracked += 1
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        out = (values - mean.view(shape)) * (variance.view(shape) + inner.eps).rsqrt()
-        if inner.affine:
-            out = out * inner.weight.view(shape) + inner.bias.view(shape)
+            count = x.numel() // x.shape[1] * ranks
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        out = (values - mean.view(shape)) * (variance.view(shape) + self.eps).rsqrt()
+        if self.affine:
+            out = out * self.weight.view(shape) + self.bias.view(shape)
         return out.to(x.dtype)
 
+    def _check_input_dim(self, x):
+        pass
 
-def synchronize_batch_norm(model):
-    """Make every batch-norm layer in the module use the statistics of all ranks; state names stay as they were."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not hasattr(module, "_single"):
-            module._single = True
-            if module.weight is not None and module.weight.is_cuda or (
-                    module.running_mean is not None and module.running_mean.is_cuda):
-                module.__class__ = nn.SyncBatchNorm
-                module.process_group = None
-            else:
-                module.forward = RankBatchNorm(module).forward
-    return model
+
+def synchronize_batch_norm(model, device):
+    """Make every batch-norm layer of the module use the statistics of all ranks; parameters and state names stay."""
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    else:
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.__class__ = RankBatchNorm
 
 
 # What a record says of its surroundings
@@ -500,7 +493,8 @@ def pick_device(name):
 
 
 def launch(script, Config, rows, reproduce, arguments=None):
-    """A paper script's main.  reproduce(run) is called for every seed; returns the exit status (DESIGN: 0, 2, 3, 130).
+    """A paper script's main.  Calls reproduce(run) for every seed and returns the exit status: 0 done, 2 wrong input,
+    3 training failed, 130 interrupted.
 
     script: the paper's file; the YAML of the same name lies beside it.
     rows: every row the script knows, in the table's order.
@@ -522,24 +516,38 @@ def launch(script, Config, rows, reproduce, arguments=None):
                 total = sum(run.plan_phases.values())
                 run.say(f"plan: {total / 60:.0f} minutes a seed, peak memory so far {peak_memory(run.device):.0f} MB")
             elif run.rank == 0:
-                report.write_tables(run.suite.parent, run.script.parent)
+                render_tables(run)
         return 0
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}")
         return 2
     except TrainingFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        for row in run.asked:
+        tell(f"error: {error}")
+        for row in run.asked if not run.plan else ():
             run.record(row, None, steps=0, seconds=0, status="failed", error=str(error))
         return 3
     except Interrupted:
-        print("interrupted: the state is saved; the same command goes on from here", file=sys.stderr)
+        tell("interrupted: the state is saved; the same command goes on from here")
         return 130
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def tell(line):
+    """One line on stderr, from the first rank only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+def render_tables(run):
+    """Render the results folder; a table that cannot be made is no reason to lose a run that is recorded."""
+    try:
+        report.write_tables(run.suite.parent, run.script.parent)
+    except (OSError, SyntaxError, ValueError) as error:
+        tell(f"warning: tables not rendered ({error}); ./run_all.sh tables does it again")
 
 
 def _runs(script, Config, rows, options):
@@ -624,3 +632,44 @@ def _require_writable(folder, flag):
         probe.unlink()
     except OSError as error:
         raise InputError(f"cannot write to {folder} ({error.strerror}): give another folder with {flag} DIR") from None
+
+
+def pick_scale(papers, data=""):
+    """(scale, reason): the largest honest one that this machine and these data allow."""
+    if data == "embedded":
+        wanted = ["embedded"]
+    else:
+        settings = [yaml.safe_load((ROOT / "papers" / f"{paper}.yaml").read_text(encoding="utf-8")) for paper in papers]
+        wanted = [_default_dataset(paper, blocks["small"] or {}) for paper, blocks in zip(papers, settings)]
+    root = image_data.data_root(data if data != "embedded" else None)
+    sources = {name: image_data.available(name, root) for name in dict.fromkeys(wanted)}
+    missing = [name for name, source in sources.items() if source is None]
+    if len(missing) == len(sources):
+        return "smoke", (f"{', '.join(missing)} not in {root} and not to be downloaded, so drawn images stand in and the "
+                         "numbers mean nothing; for real ones put the data there or give --data DIR")
+    where = ", ".join(f"{name} ({'to be downloaded' if source == 'download' else 'on disk' if source else 'missing'})"
+                      for name, source in sources.items())
+    if torch.cuda.is_available():
+        return "full", f"a CUDA GPU is visible; data: {where}"
+    return "small", f"no CUDA GPU is visible, so the reduced protocol; data: {where}"
+
+
+def _default_dataset(paper, block):
+    """The data set of a scale: its YAML block's, else the default in the script's Config, read without importing it."""
+    if "dataset" in block:
+        return block["dataset"]
+    tree = ast.parse((ROOT / "papers" / f"{paper}.py").read_text(encoding="utf-8"))
+    return next(ast.literal_eval(node.value) for node in ast.walk(tree)
+                if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "dataset")
+
+
+if __name__ == "__main__":  # for run_all.sh: the scale on stdout, the reason on stderr
+    arguments = sys.argv[1:]
+    given = arguments.pop(1) if arguments[:1] == ["--data"] and len(arguments) > 1 else ""
+    try:
+        chosen, why = pick_scale([argument for argument in arguments if argument != "--data"], given)
+    except InputError as error:
+        tell(f"error: {error}")
+        raise SystemExit(2)
+    print(f"scale {chosen}: {why}", file=sys.stderr, flush=True)
+    print(chosen)

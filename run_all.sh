@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# One command for everything: see README.md, or ./run_all.sh --help.
+set -uo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+usage="usage: ./run_all.sh [smoke|small|full|paper] [paper ...] [--seeds 0,1,2] [--rows GLOB] [--data DIR|embedded]
+                    [--device auto|cpu|cuda] [--set key=value ...] [--results DIR] [--runs DIR] [--force]
+       ./run_all.sh plan [SCALE] [paper ...] [options]     minutes and memory per row, nothing else
+       ./run_all.sh tables [--check] [--results DIR]       render the tables from the records, or compare
+       ./run_all.sh test [pytest options]                  the test suite
+       ./run_all.sh bench                                  speed against the usual ways
+Without a scale it takes the largest honest one that machine and data allow, and says which."
+
+fail() { echo "error: $*" >&2; exit 2; }
+
+# The active Python if it satisfies requirements.txt, else .venv, made and filled on first use.
+satisfied='
+import re, sys
+from importlib import metadata
+if sys.version_info < (3, 11): sys.exit(1)
+for line in open(sys.argv[1]):
+    name, relation, wanted = re.match(r"([\w-]+)\s*(==|>=)\s*([\d.]+)", line).groups()
+    try: have = metadata.version(name).split("+")[0]
+    except metadata.PackageNotFoundError: sys.exit(1)
+    number = lambda version: [int(part) for part in re.findall(r"\d+", version)]
+    if relation == "==" and have != wanted or relation == ">=" and number(have) < number(wanted): sys.exit(1)
+'
+usable() { command -v "$1" >/dev/null 2>&1 && "$1" -c "$satisfied" "$here/requirements.txt" 2>/dev/null; }
+
+find_python() {
+    for python in "${PYTHON:-python}" python3 "$here/.venv/bin/python"; do
+        if usable "$python"; then return; fi
+    done
+    for base in python3.11 python3.12 python3.13 python3; do
+        if "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "making .venv and installing requirements.txt (a minute or two)"
+            "$base" -m venv "$here/.venv" && "$here/.venv/bin/python" -m pip install --quiet -r "$here/requirements.txt" \
+                || fail "the packages of requirements.txt could not be installed into $here/.venv: see the lines above"
+            python="$here/.venv/bin/python"
+            return
+        fi
+    done
+    fail "Python 3.11 or later is needed"
+}
+
+case "${1:-}" in -h|--help|help) echo "$usage"; exit 0 ;; esac
+find_python
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+
+case "${1:-}" in
+    tables) shift; exec "$python" -m replicate.report "$@" ;;
+    test) shift; cd "$here" && exec "$python" -m pytest -q tests "$@" ;;
+    bench) shift; exec "$python" "$here/tests/bench.py" "$@" ;;
+esac
+
+plan=()
+if [ "${1:-}" = plan ]; then plan=(--plan); shift; fi
+scale=; papers=(); options=(); seeds=; data=(); dataset_given=
+while [ $# -gt 0 ]; do
+    case "$1" in
+        smoke|small|full|paper) scale=$1 ;;
+        --seeds) [ $# -gt 1 ] || fail "--seeds needs a value"; seeds=$2; shift ;;
+        --seeds=*) seeds=${1#*=} ;;
+        --data) [ $# -gt 1 ] || fail "--data needs a value"; data=(--data "$2"); shift ;;
+        --data=*) data=(--data "${1#*=}") ;;
+        --plan) plan=(--plan) ;;
+        --force) options+=("$1") ;;
+        --*=*) options+=("$1") ;;
+        --rows|--device|--set|--results|--runs) [ $# -gt 1 ] || fail "$1 needs a value"; options+=("$1" "$2"); shift ;;
+        -*) fail "unknown option '$1'; ./run_all.sh --help lists them" ;;
+        *) [ -f "$here/papers/$1.py" ] || fail "unknown scale or paper '$1'; scales: smoke, small, full, paper; papers:$(
+               for script in "$here"/papers/*.py; do printf ' %s' "$(basename "$script" .py)"; done)"
+           papers+=("$1") ;;
+    esac
+    shift
+done
+if [ ${#papers[@]} = 0 ]; then
+    for script in "$here"/papers/*.py; do papers+=("$(basename "$script" .py)"); done
+fi
+if [ -z "$scale" ]; then
+    scale=$("$python" -m replicate.trainer "${data[@]}" "${papers[@]}") || exit $?
+fi
+
+# Seed 0 of every paper first, then seed 1, ...: stopped at any time, it leaves whole tables behind.
+if [ -z "$seeds" ]; then
+    case "$scale" in smoke) seeds=0 ;; *) seeds=0,1,2 ;; esac
+fi
+[ ${#plan[@]} = 0 ] || seeds=${seeds%%,*}
+status=0; failed=()
+for seed in ${seeds//,/ }; do
+    for paper in "${papers[@]}"; do
+        "$python" -m "papers.$paper" --scale "$scale" --seeds "$seed" "${data[@]}" "${options[@]}" "${plan[@]}"
+        code=$?
+        if [ $code = 130 ]; then exit 130; fi
+        if [ $code != 0 ]; then status=$code; failed+=("$paper (seed $seed)"); fi
+    done
+done
+if [ ${#failed[@]} -gt 0 ]; then echo "not finished: ${failed[*]}" >&2; fi
+exit $status
