@@ -12,8 +12,8 @@ Deviations
  1. The paper trains 100 epochs, the released code 200 with Nesterov momentum; both lower the rate at 30, 60 and 80 % of the
     run.  We take 100 epochs with Nesterov momentum.
  2. Eight rotations: the paper does not say how it fills the corners of a picture turned by 45 degrees.  We keep the central
-    square that no corner reaches, of every copy, and blur the copies at multiples of 90 degrees by the half-pixel shift
-    that costs as much sharpness as the turn does; otherwise corners or blur would give the class away.
+    square that no corner reaches, of every copy, and shift the copies at multiples of 90 degrees by the fifth of a pixel
+    that costs as much sharpness as the turn by 45 does; otherwise corners or blur would give the class away.
  3. Fine-tuning: the paper gives no schedule.  We use that of the convolutional probe, from a fifth of its rate.
  4. Plain linear and nearest-neighbour probes are not in the paper: logistic regression and weighted 20-NN on maps averaged
     to at most probe_cells x probe_cells.  The value shown beside ours is from a later paper with the same network.
@@ -215,7 +215,9 @@ def rotate_eight_ways(images):
     side = int(images.shape[-1] / math.sqrt(2)) // 2 * 2
     values = images.float()
     slanted = image_functional.rotate(values, 45, InterpolationMode.BILINEAR)
-    blurred = F.avg_pool2d(F.pad(values, (0, 1, 0, 1)), 2, stride=1)  # the mean of 2 x 2 pixels: a half-pixel shift
+    shift = (1 - 3 ** -0.5) / 2  # bilinear weights t, 1 - t have the mean square of a random t's, 2/3, at this one
+    blurred = torch.lerp(values, values.roll(-1, 3), shift)
+    blurred = torch.lerp(blurred, blurred.roll(-1, 2), shift)
     pair = [image_functional.center_crop(copies, [side, side]).round().to(images.dtype) for copies in (blurred, slanted)]
     upright, slanted = (rotate_four_ways(copies)[0].unflatten(0, (4, -1)) for copies in pair)  # (4, N, C, s, s)
     turned = torch.stack([upright, slanted], dim=1).flatten(0, 2)  # 0, 45, 90, 135, ... degrees

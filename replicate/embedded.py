@@ -61,9 +61,12 @@ OBJECTS = {
 
 
 def _arc(x, y, radius_x, radius_y, start, stop, points=9):
-    """Points on an ellipse, angles in degrees, clockwise on the screen from the right-hand end."""
+    """Points on an ellipse, angles in degrees, clockwise on the screen from the right-hand end.
+
+    Rounded, because the last bit of a cosine is not the same on all machines.
+    """
     angles = [math.radians(start + (stop - start) * index / (points - 1)) for index in range(points)]
-    return [(x + radius_x * math.cos(angle), y + radius_y * math.sin(angle)) for angle in angles]
+    return [(round(x + radius_x * math.cos(angle), 4), round(y + radius_y * math.sin(angle), 4)) for angle in angles]
 
 
 # One list of strokes a digit, a stroke a list of points joined by straight lines.
@@ -116,7 +119,8 @@ def embedded_digits(count, seed, blended=False, size=28):
 def _begin(count, seed, size, classes):
     """Check the arguments; return shuffled labels and two generators, one for the scene, one for what covers it."""
     # The generator keeps 32 bits of its seed: a larger one would silently repeat a smaller one's images.
-    for name, value, low, high in (("count", count, 1, 2**31 - 1), ("seed", seed, 0, 2**31 - 1), ("size", size, 16, 128)):
+    limits = (("count", count, 1, 2**31 - 1), ("seed", seed, 0, 2**31 - 1), ("size", size, 16, 128))
+    for name, value, low, high in limits:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise ValueError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
     scene, cover = (torch.Generator().manual_seed(2 * seed + offset) for offset in (0, 1))
@@ -148,7 +152,7 @@ def _draw_objects(labels, size, scene, noise):
 
 
 def _paint_object(canvas, parts, scene):
-    """Paint one object a canvas (N, 3, H, W): random place, scale, tilt, flip, proportions and hues."""
+    """Paint one object on each canvas (N, 3, H, W): random place, scale, tilt, flip, proportions and hues."""
     count, size = len(canvas), canvas.shape[-1]
     scale = _uniform(scene, (count, 1, 1), 0.42, 0.8)
     tilt = _uniform(scene, (count, 1, 1), -0.105, 0.105)  # tangent of half of 12 degrees
@@ -252,7 +256,11 @@ def _blend(digits, patches):
 
 
 def _distance(shape, x, y, half_width, half_height):
-    """Signed distance to a shape's outline, negative inside; a dome is the upper half of an ellipse, a bowl the lower."""
+    """Signed distance to a shape's outline, negative inside.
+
+    A wedge is a triangle upside down; a dome is the upper half of an ellipse (its centre is on the flat side), a bowl
+    the lower half; a ring is an ellipse drawn with a stroke of fixed width.
+    """
     if shape in ("wedge", "bowl"):
         return _distance("triangle" if shape == "wedge" else "dome", x, -y, half_width, half_height)
     if shape == "box":
@@ -286,7 +294,7 @@ def _grid(size):
 
 
 def _local_grid(size, center, half_tangent):
-    """Pixel centres seen from (2, N, 1, 1) centres turned by the angle with tan(angle / 2) = half_tangent: x, y (N, H, W)."""
+    """Pixel centres x, y (N, H, W), seen from centres (2, N, 1, 1) and turned by 2 atan(half_tangent), (N, 1, 1)."""
     row, column = _grid(size)
     squared = half_tangent * half_tangent
     cosine, sine = (1 - squared) / (1 + squared), 2 * half_tangent / (1 + squared)

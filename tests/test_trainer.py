@@ -1,0 +1,458 @@
+"""Random streams, config, exact resume, records, ranks, and the command line as a user meets it."""
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from papers import gidaris_rotation as rotation
+from replicate import report, trainer
+from replicate.data import InputError, Resident
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = ROOT / "papers" / "gidaris_rotation.yaml"
+# A run of seconds on drawn images, with a pre-training and a probe in it
+TINY = ["--scale", "smoke", "--set", "width=0.05", "--set", "pretext_epochs=0.3", "--set", "conv_epochs=0.3"]
+ROW = ["--rows", "rotnet4/conv"]
+
+
+def script(*arguments, **environment):
+    """Run the paper's script as a user does; returns the finished process."""
+    return subprocess.run([sys.executable, "-m", "papers.gidaris_rotation", *arguments], cwd=ROOT, text=True,
+                          capture_output=True, env={**os.environ, **environment}, timeout=300)
+
+
+def records_of(folder):
+    """The records in a results folder, without what may differ between two runs of the same thing."""
+    timed = ("seconds", "peak_memory_mb", "started", "commit", "dirty")
+    return [{key: value for key, value in json.loads(line).items() if key not in timed}
+            for path in sorted(Path(folder).rglob("*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def weights_of(folder):
+    """{phase: state dict} of the finished phases in a runs folder."""
+    return {path.name: torch.load(path, weights_only=True)["model"] for path in sorted(Path(folder).rglob("*.pt"))}
+
+
+# Random streams
+def test_streams_depend_on_seed_purpose_and_step_only():
+    def numbers(*key):
+        return torch.rand(4, generator=trainer.stream(*key)).tolist()
+
+    assert numbers(0, "augment", 3) == numbers(0, "augment", 3)
+    different = [numbers(0, "augment", 3), numbers(1, "augment", 3), numbers(0, "init", 3), numbers(0, "augment", 4)]
+    assert len({tuple(each) for each in different}) == 4
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    numbers(5, "x", 5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def make_run(tmp_path, seed=0, **settings):
+    config = dataclasses.replace(trainer.resolve_config(rotation.Config, SETTINGS, "smoke", seed), **settings)
+    return trainer.Run(rotation.__file__, config, "smoke", "cpu", suite="smoke", results=tmp_path / "results",
+                       runs=tmp_path / "runs")
+
+
+def test_shuffling_visits_every_image_once_an_epoch_and_can_start_anywhere(tmp_path):
+    run = make_run(tmp_path)
+    split = Resident(torch.arange(10).view(10, 1, 1, 1), torch.arange(10))
+    batches = run.shuffled(split, 4, "x")
+
+    def take(first, count):
+        iterator = batches(first)
+        return [next(iterator)[1].tolist() for _ in range(count)]
+
+    first_five = take(0, 5)  # two epochs of ten in batches of four
+    flat = sum(first_five, [])
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
+    assert take(3, 2) == first_five[3:]
+
+
+def test_a_batch_larger_than_the_split_draws_all_equally_often(tmp_path):
+    run = make_run(tmp_path)
+    split = Resident(torch.arange(5).view(5, 1, 1, 1), torch.arange(5))
+    labels = next(run.shuffled(split, 20, "x")(0))[1]
+    assert labels.bincount().tolist() == [4] * 5
+
+
+# Config
+@pytest.mark.parametrize("override,message", [
+    ("nonsense=1", "unknown setting 'nonsense'"), ("batch_size=0", "batch_size must be above 0"),
+    ("batch_size=many", "batch_size must be of type int"), ("batch_size=1.5", "batch_size must be of type int"),
+    ("pretext_rate=-1", "pretext_rate must not be negative"), ("pretext_rate=.nan", "must be finite"),
+    ("pretext_drops=3", "must be a list"), ("deterministic=maybe", "deterministic must be of type bool"),
+    ("precision=float16", "bfloat16 or float32"), ("width", "key=value"), ("seed=3", "unknown setting 'seed'"),
+    ("crop_size=8", "at least 16"), ("batch_size=true", "of type int"),
+])
+def test_wrong_settings_are_named(override, message):
+    with pytest.raises(InputError, match=message):
+        trainer.resolve_config(rotation.Config, SETTINGS, "small", 0, [override])
+
+
+def test_numbers_are_read_as_their_field_wants_them():
+    config = trainer.resolve_config(rotation.Config, SETTINGS, "small", 7, ["weight_decay=5e-4", "pretext_epochs=3"])
+    assert config.weight_decay == 5e-4 and config.pretext_epochs == 3.0 and config.seed == 7
+    assert type(config.pretext_epochs) is float
+
+
+def test_hash_changes_with_every_setting_and_the_seed():
+    config = trainer.resolve_config(rotation.Config, SETTINGS, "small")
+    seen = {trainer.config_hash("p", config), trainer.config_hash("q", config)}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        other = not value if isinstance(value, bool) else value + type(value)([1] if isinstance(value, tuple) else
+                                                                             "x" if isinstance(value, str) else 1)
+        changed = object.__new__(rotation.Config)
+        changed.__dict__.update({**config.__dict__, field.name: other})
+        seen.add(trainer.config_hash("p", changed))
+    assert len(seen) == 2 + len(dataclasses.fields(config))
+
+
+# Exact resume
+def test_killed_at_random_moments_ends_in_the_same_bytes(tmp_path):
+    """kill -9 at three random moments, in pre-training and in the probe; weights, records and tables agree bit for bit."""
+    whole = script(*TINY, *ROW, "--results", str(tmp_path / "a"), "--runs", str(tmp_path / "ra"))
+    assert whole.returncode == 0, whole.stderr
+    expected = weights_of(tmp_path / "ra")
+    assert set(expected) == {"rotnet4.pt", "rotnet4_conv.pt"}
+    chance = random.Random(time.time_ns())
+    command = [sys.executable, "-m", "papers.gidaris_rotation", *TINY, *ROW, "--results", str(tmp_path / "b"), "--runs",
+               str(tmp_path / "rb")]
+    environment = {**os.environ, "REPLICATE_CHECKPOINT_SECONDS": "0"}  # a checkpoint after every step
+    kills = {"rotnet4.pt": 2, "rotnet4_conv.pt": 1}
+    resumed = ""
+    for phase, times in kills.items():
+        for _ in range(times):
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            deadline = time.time() + 120
+            while not list((tmp_path / "rb").rglob(phase)) and time.time() < deadline:
+                time.sleep(0.005)
+            path = next((tmp_path / "rb").rglob(phase))
+            mark = path.stat().st_mtime_ns
+            for _ in range(chance.randint(1, 4)):  # some steps later
+                while path.stat().st_mtime_ns == mark and process.poll() is None and time.time() < deadline:
+                    time.sleep(0.001)
+                mark = path.stat().st_mtime_ns
+            time.sleep(chance.random() * 0.05)
+            assert process.poll() is None, "the run ended before it could be killed: " + process.stdout.read().decode()
+            process.kill()
+            resumed += process.communicate()[0].decode()
+    last = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    assert "rotnet4: resumed at step" in resumed and "rotnet4/conv: resumed at step" in last.stdout
+    actual = weights_of(tmp_path / "rb")
+    assert set(actual) == set(expected)
+    for phase, state in expected.items():
+        for name, tensor in state.items():
+            assert torch.equal(tensor, actual[phase][name]), f"{phase} {name}"
+    assert records_of(tmp_path / "a") == records_of(tmp_path / "b")
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_interrupt_saves_and_says_how_to_go_on(tmp_path):
+    command = [sys.executable, "-m", "papers.gidaris_rotation", *TINY, *ROW, "--results", str(tmp_path / "a"), "--runs",
+               str(tmp_path / "ra"), "--set", "pretext_epochs=50"]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        deadline = time.time() + 60
+        while not list((tmp_path / "ra").rglob("lock")) and time.time() < deadline:
+            time.sleep(0.05)
+        time.sleep(5)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 130, err
+        assert err.strip().splitlines()[-1].startswith("interrupted: the state is saved")
+        assert "Traceback" not in err
+    assert "resumed at step" in out  # the second went on from the first
+    assert len(list((tmp_path / "ra").rglob("rotnet4.pt"))) == 1
+
+
+def test_a_finished_row_is_not_run_again_unless_forced(tmp_path, folders):
+    assert script(*TINY, *ROW, *folders).returncode == 0
+    again = script(*TINY, *ROW, *folders)
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    assert len(records_of(tmp_path / "results")) == 1
+    forced = script(*TINY, *ROW, *folders, "--force")
+    assert forced.returncode == 0
+    first, second = records_of(tmp_path / "results")
+    assert first == second  # trained anew, the same to the last digit
+
+
+def tiny_fit(run, steps, learning_rate=0.1, purpose="tiny"):
+    """A linear model on drawn numbers through run.fit."""
+    run.seed_global("init")
+    model = nn.Linear(8, 2)
+    split = Resident(torch.randn(64, 8, generator=run.stream("data")), torch.arange(64) % 2)
+
+    def objective(batch, step):
+        x, y = batch
+        return {"loss": nn.functional.cross_entropy(model(x).float(), y)}
+
+    run.fit(purpose, model, objective, run.shuffled(split, 16, purpose), steps=steps,
+            optimizer=torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), learning_rate=lambda progress: learning_rate,
+            images_per_step=16)
+    return model
+
+
+@pytest.mark.parametrize("damage", ["cut", "rubbish", "empty", "foreign"])
+def test_a_bad_checkpoint_is_set_aside_and_made_anew(tmp_path, capsys, damage):
+    expected = tiny_fit(make_run(tmp_path), 5).weight.clone()
+    path = next((tmp_path / "runs").rglob("tiny.pt"))
+    content = path.read_bytes()
+    if damage == "foreign":
+        state = torch.load(path, weights_only=True)
+        state["identity"]["config_hash"] = "another"
+        torch.save(state, path)
+    else:
+        path.write_bytes({"cut": content[:len(content) // 2], "rubbish": b"x" * 500, "empty": b""}[damage])
+    again = tiny_fit(make_run(tmp_path), 5)
+    out = capsys.readouterr().out
+    assert "set aside as tiny.pt.damaged" in out and str(path) in out
+    assert torch.equal(again.weight, expected)
+    assert path.with_suffix(".pt.damaged").exists() and torch.load(path, weights_only=True)["step"] == 5
+
+
+def test_a_checkpoint_never_runs_code(tmp_path, capsys):
+    """weights_only: a pickle that would run a command is refused."""
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "evil"),)
+
+    run = make_run(tmp_path)
+    run.folder.mkdir(parents=True)
+    (run.folder / "tiny.pt").write_bytes(pickle.dumps(Evil()))
+    tiny_fit(run, 2)
+    assert not (tmp_path / "evil").exists() and "set aside" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(tmp_path, folders):
+    with pytest.raises(trainer.TrainingFailed, match="learning rate"):
+        tiny_fit(make_run(tmp_path), 50, learning_rate=1e30)
+    result = script(*TINY, *ROW, *folders, "--set", "pretext_rate=1e30")
+    assert result.returncode == 3
+    assert result.stderr.startswith("error: rotnet4: the loss is not finite") and len(result.stderr.splitlines()) == 1
+    (record,) = records_of(tmp_path / "results")
+    assert record["status"] == "failed" and record["row"] == "rotnet4/conv" and record["value"] is None
+    assert not list((tmp_path / "runs").rglob("*.pt"))  # nothing broken is kept
+    repeated = script(*TINY, *ROW, *folders, "--set", "pretext_rate=1e30")
+    assert repeated.returncode == 3  # a failed row counts as not done
+
+
+def test_code_of_the_oldest_contributor_is_recorded(tmp_path):
+    """A row whose pre-training was done by other code carries that code's hash, so the table marks it as changed."""
+    run = make_run(tmp_path)
+    run.code = {**run.code, "trainer.py": "older"}
+    tiny_fit(run, 3)
+    fresh = make_run(tmp_path)
+    tiny_fit(fresh, 3)
+    assert fresh.code["trainer.py"] == "older" != report.code_hashes(Path(rotation.__file__))["trainer.py"]
+
+
+# What reaches the graph
+NOT_DETERMINISTIC_ON_CUDA = ("AdaptiveAvgPool", "AdaptiveMaxPool", "Upsample", "GridSampler", "ReflectionPad",
+                             "ReplicationPad", "NllLoss2D", "Cumsum", "Bincount", "Median", "Kthvalue", "MaxPool3D",
+                             "FractionalMaxPool", "MaxUnpool", "EmbeddingBag", "CtcLoss", "PutBackward")
+
+
+def graph_names(tensor):
+    """Names of all operations in the autograd graph behind a tensor."""
+    names, waiting = set(), [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in names:
+            names.add(node)
+            waiting += [parent for parent, _ in node.next_functions]
+    return {node.name() for node in names}
+
+
+def test_training_steps_keep_to_operations_that_are_deterministic_on_a_gpu():
+    images = torch.zeros(4, 3, 32, 32)
+    nin = rotation.NetworkInNetwork(4, width=0.1)
+    with torch.no_grad():
+        frozen = nin.eval().features(images, 2)
+    alexnet = rotation.AlexNet(4, width=0.05)
+    maps = [torch.zeros(4, 8, 13, 13)]
+    outputs = {
+        "rotation": rotation.rotation_loss(nin.train()(images), torch.zeros(4, dtype=torch.int64))["loss"],
+        "conv": rotation.conv_head(frozen.shape, 10, 0.1)(frozen).sum(),
+        "nonlinear": rotation.nonlinear_head(frozen.shape, 10)(frozen).sum(),
+        "fine-tuned": rotation.conv_head(frozen.shape, 10, 0.1)(nin.features(images, 2)).sum(),
+        "alexnet": alexnet(torch.zeros(4, 3, 224, 224)).sum(),
+        "alexnet linear": rotation.alexnet_linear_head(maps[0].shape, 10, 6)(maps[0]).sum(),
+    }
+    for name, output in outputs.items():
+        found = {op for op in graph_names(output) for bad in NOT_DETERMINISTIC_ON_CUDA if bad.lower() in op.lower()}
+        assert len(graph_names(output)) > 2 and not found, f"{name}: {found}"
+    with_bad = torch.nn.functional.adaptive_avg_pool2d(torch.zeros(1, 1, 8, 8, requires_grad=True), 3).sum()
+    assert any("AdaptiveAvgPool" in name for name in graph_names(with_bad))  # the guard can see one
+
+
+# Frozen trunks and poisoned test labels
+def test_test_labels_do_not_reach_training_or_choice(tmp_path, monkeypatch, folders):
+    """With the test labels shifted by one class, all weights are the same; only the counted hits change."""
+    arguments = [*TINY, "--rows", "rotnet4/conv,supervised/labels20,rotnet4/block2/linear", "--set", "supervised_epochs=0.2",
+                 "--device", "cpu"]
+
+    def go(name):
+        assert rotation.main([*arguments, "--results", str(tmp_path / name), "--runs", str(tmp_path / f"runs-{name}")]) == 0
+        return weights_of(tmp_path / f"runs-{name}"), records_of(tmp_path / name)
+
+    clean_weights, clean = go("clean")
+    original = rotation.load_data
+
+    def poisoned(run):
+        data = original(run)
+        data.test.labels = (data.test.labels + 1) % 10
+        return data
+
+    monkeypatch.setattr(rotation, "load_data", poisoned)
+    poisoned_weights, other = go("poisoned")
+    assert clean_weights.keys() == poisoned_weights.keys() and len(clean_weights) == 3
+    for phase in clean_weights:
+        for name, tensor in clean_weights[phase].items():
+            assert torch.equal(tensor, poisoned_weights[phase][name]), f"{phase} {name}"
+    assert [record["value"] for record in clean] != [record["value"] for record in other]
+
+
+def test_a_probe_leaves_the_trunk_bit_identical_and_fine_tuning_does_not(tmp_path):
+    from replicate import evaluate
+    from replicate.data import ImageSet
+    run = make_run(tmp_path, conv_epochs=2.0, batch_size=16)
+    split = Resident(torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8), torch.arange(64) % 10)
+    data = ImageSet("x", split, split, 10)
+    encoder = rotation.build(run, "rotnet4").train()
+    before = evaluate.fingerprint(encoder)
+    budget = dict(epochs=1.0, drops=(0.5,), rate=0.1)
+    heads = {"conv": (2, rotation.conv_head((1, 16, 8, 8), 10, 0.1))}
+    rotation.classify(run, "frozen", encoder, heads, data, split, **budget)
+    assert evaluate.fingerprint(encoder) == before
+    state = torch.load(run.folder / "frozen.pt", weights_only=True)["model"]
+    assert not any(name.startswith("blocks") for name in state)  # nothing of the trunk was even in the optimiser's reach
+    heads = {"conv": (2, rotation.conv_head((1, 16, 8, 8), 10, 0.1))}
+    rotation.classify(run, "tuned", encoder, heads, data, split, **budget, finetune=True)
+    tuned = torch.load(run.folder / "tuned.pt", weights_only=True)["model"]
+    assert evaluate.fingerprint(encoder) == before  # the caller's copy stays
+    assert not torch.equal(tuned["blocks.0.0.0.weight"], encoder.blocks[0][0][0].weight)
+    assert not torch.equal(tuned["blocks.0.0.1.running_mean"], encoder.blocks[0][0][1].running_mean)
+
+
+# Ranks
+def test_two_ranks_equal_one(tmp_path):
+    """torchrun with two processes: the same rows of data, the same weights to rounding, one writer of records."""
+    settings = [*TINY, *ROW, "--set", "precision=float32", "--set", "pretext_epochs=0.16", "--set", "conv_epochs=0.05",
+                "--device", "cpu"]
+    one = script(*settings, "--results", str(tmp_path / "one"), "--runs", str(tmp_path / "r1"), OMP_NUM_THREADS="1")
+    assert one.returncode == 0, one.stderr
+    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
+                          "papers.gidaris_rotation", *settings, "--results", str(tmp_path / "two"), "--runs",
+                          str(tmp_path / "r2")], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert two.returncode == 0, two.stderr
+    first, second = weights_of(tmp_path / "r1"), weights_of(tmp_path / "r2")
+    assert set(first) == set(second)
+    for name, tensor in first["rotnet4.pt"].items():
+        torch.testing.assert_close(second["rotnet4.pt"][name], tensor, atol=2e-3, rtol=2e-2, msg=lambda m: f"{name}: {m}")
+    (a,), (b,) = records_of(tmp_path / "one"), records_of(tmp_path / "two")
+    assert b["ranks"] == 2 and a["config_hash"] == b["config_hash"]
+
+
+def test_ranks_that_do_not_divide_the_shards_are_refused(tmp_path):
+    run = make_run(tmp_path, shards=8)
+    run.ranks = 3
+    with pytest.raises(InputError, match="3 ranks need shards=8"):
+        run.shuffled(Resident(torch.zeros(4, 1, 1, 1), torch.zeros(4)), 12, "x")
+
+
+# The command line
+@pytest.mark.parametrize("arguments,message", [
+    (["--scale", "tiny"], "unknown scale 'tiny'; known: smoke, small, full, paper"),
+    (["--scale", "smoke", "--rows", "nothing"], "no row matches 'nothing'"),
+    (["--scale", "smoke", "--seeds", "-1"], "seed -1: seeds start at 0"),
+    (["--scale", "smoke", "--seeds", "a"], "--seeds takes whole numbers"),
+    (["--scale", "smoke", "--device", "tpu"], "unknown device 'tpu'"),
+    (["--scale", "smoke", "--set", "batch_size=0"], "batch_size must be above 0"),
+    (["--scale", "small", "--data", "/does/not/exist"], "no data folder /does/not/exist"),
+    (["--scale", "smoke", "--colour"], "unrecognized arguments: --colour"),
+    (["--scale", "smoke", "--set", "dataset=nothing"], "unknown data set 'nothing'"),
+    (["--scale", "smoke", "--set", "image_size=16", "--set", "crop_size=40"], "images of 'embedded' have 16 pixels"),
+    (["--scale", "smoke", "--set", "pretext_epochs=0", "--rows", "rotnet4/conv"], "a longer budget is needed"),
+])
+def test_wrong_input_gets_one_line_and_leaves_nothing(tmp_path, capsys, folders, arguments, message):
+    assert rotation.main([*arguments, *folders]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1
+    assert not list(tmp_path.rglob("*.jsonl")) and not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.partial"))
+
+
+def test_no_cuda_is_said(capsys, folders):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert rotation.main(["--scale", "smoke", "--device", "cuda", *folders]) == 2
+    assert "no CUDA GPU is visible" in capsys.readouterr().err
+
+
+def test_a_results_folder_that_cannot_be_written_is_said_before_training(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert rotation.main(["--scale", "smoke", "--results", str(tmp_path / "file" / "results"),
+                          "--runs", str(tmp_path / "runs")]) == 2
+    assert "give another folder with --results DIR" in capsys.readouterr().err
+    assert rotation.main(["--scale", "smoke", "--results", str(tmp_path / "results"),
+                          "--runs", str(tmp_path / "file" / "runs")]) == 2
+    assert "give another folder with --runs DIR" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_said_and_leaves_no_half_file():
+    """/dev/full takes no byte: the write fails as on a full disk."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    with pytest.raises(OSError):
+        report.append_record(Path("/dev/full"), {"row": "x"})
+
+
+def test_two_processes_do_not_share_a_run(tmp_path, folders):
+    import fcntl
+    config = trainer.resolve_config(rotation.Config, SETTINGS, "smoke")
+    folder = tmp_path / "runs" / "gidaris_rotation" / trainer.config_hash("gidaris_rotation", config)
+    folder.mkdir(parents=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = script("--scale", "smoke", *folders)
+    assert result.returncode == 2 and "is going on in another process" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_plan_writes_nothing_and_prints_minutes_and_memory(tmp_path):
+    result = script(*TINY, *ROW, "--plan", "--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs"))
+    assert result.returncode == 0, result.stderr
+    line = next(line for line in result.stdout.splitlines() if line.strip().startswith("rotnet4/conv") and "MB" in line)
+    assert "min with its pre-training" in line and float(line.split()[1]) >= 0
+    assert "minutes a seed" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_experiment_does_not_mix_with_the_declared_protocol(tmp_path, folders):
+    assert script("--scale", "small", "--data", "embedded", "--rows", "random/block1/knn", "--seeds", "0", *folders
+                  ).returncode == 0
+    assert script("--scale", "small", "--data", "embedded", "--rows", "random/block1/knn", "--seeds", "0", *folders,
+                  "--set", "width=0.1").returncode == 0
+    suites = {path.parent.name for path in tmp_path.rglob("*.jsonl")}
+    assert suites == {"small-embedded", "small-embedded-custom"}
+
+
+def test_importing_a_script_has_no_side_effect(tmp_path):
+    code = ("import torch; before = torch.get_rng_state(); import papers.gidaris_rotation; "
+            "assert torch.equal(before, torch.get_rng_state()); assert not torch.are_deterministic_algorithms_enabled()")
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                            env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert result.returncode == 0 and not list(tmp_path.iterdir()), result.stderr
