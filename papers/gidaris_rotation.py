@@ -448,13 +448,16 @@ def rotation_accuracy(run, model, degrees, test):
     return 100.0 * hits / count
 
 
-def frozen_features(run, encoder, block, split):
-    """Features (N,D) of a block, averaged to at most probe_cells x probe_cells, of images as they are."""
+def frozen_probes(run, encoder, block, train, test, kinds):
+    """{"linear": percent, "knn": percent} of the kinds asked for, on a block's map averaged to at most probe_cells a side."""
+    def encode(images):
+        return frozen.average_cells(encoder.features(central(run.config, images), block), run.config.probe_cells)
+
     encoder.eval()
     with run.autocast():
-        return frozen.extract_features(
-            lambda images: frozen.average_cells(encoder.features(central(run.config, images), block), run.config.probe_cells),
-            split)
+        features = [frozen.extract_features(encode, split) for split in (train, test)]  # (N, D) each
+    arguments = features[0], train.labels, features[1], test.labels
+    return {kind: {"linear": frozen.linear_probe, "knn": frozen.knn_accuracy}[kind](*arguments) for kind in kinds}
 
 
 def classify(run, purpose, encoder, heads, data, train, *, epochs, drops, rate, finetune=False):
@@ -565,21 +568,19 @@ def evaluate(run, data):
                 probe(row, start, {row: 2}, conv, train=few, **budget)
     # Beyond the paper: the pretext task itself, linear and nearest-neighbour probes
     for name, (_, degrees) in TRUNKS.items():
-        if run.wanted(f"{name}/rotation-accuracy"):
+        if f"{name}/rotation-accuracy" in PAPER and run.wanted(f"{name}/rotation-accuracy"):
             model, seconds = trunk(name)
             value, own = run.measure(lambda test: rotation_accuracy(run, model, degrees, test), data.test)
             run.record(f"{name}/rotation-accuracy", value, steps=0, seconds=seconds + own)
     for name in ("rotnet4", "random"):
         for block in range(1, 5):
-            rows = [f"{name}/block{block}/{kind}" for kind in ("linear", "knn")]
-            for row in run.wanted(*rows):
-                protocol = frozen.linear_probe if row.endswith("linear") else frozen.knn_accuracy
+            kinds = [kind for kind in ("linear", "knn") if run.wanted(f"{name}/block{block}/{kind}")]
+            if kinds:
                 encoder, seconds = trunk(name)
-                value, own = run.measure(
-                    lambda train, test: protocol(frozen_features(run, encoder, block, train), train.labels,
-                                                 frozen_features(run, encoder, block, test), test.labels),
-                    data.train, data.test)
-                run.record(row, value, steps=0, seconds=seconds + own)
+                values, own = run.measure(
+                    lambda train, test: frozen_probes(run, encoder, block, train, test, kinds), data.train, data.test)
+                for kind in kinds:
+                    run.record(f"{name}/block{block}/{kind}", values[kind], steps=0, seconds=seconds + own)
     if "rotnet4" in trunks and run.seed == 0 and run.rank == 0 and not run.plan:
         figures(run, trunks["rotnet4"][0], data)
 

@@ -151,6 +151,7 @@ def _torchvision(dataset, root, download):
 
 PACKED = {"cifar10": (10, (32, 32, 3), datasets.CIFAR10),
           "mnist": (10, (28, 28, 1), datasets.MNIST), "usps": (10, (16, 16, 1), datasets.USPS)}
+RAW = {"cifar10": "cifar-10-batches-py", "mnist": "MNIST/raw", "usps": "usps.bz2"}
 ADDRESS = {"cifar10": datasets.CIFAR10.url, "mnist": datasets.MNIST.mirrors[0],
            "usps": datasets.USPS.split_list["train"][0], "imagenette": datasets.Imagenette._ARCHIVES["full"][0]}
 
@@ -196,12 +197,12 @@ def _from_torchvision(name, root):
         return _torchvision(dataset, root, download=False)
     except RuntimeError:  # "Dataset not found or corrupted"
         pass
-    if not reachable(ADDRESS[name]):
+    if not (root / RAW[name]).exists() and not reachable(ADDRESS[name]):  # raw archives are unpacked without a network
         raise InputError(f"no data set '{name}' in {root} and its host cannot be reached: give the folder that holds "
                          "it with --data DIR, or run on drawn images with --data embedded")
-    print(f"downloading {name} to {root}", flush=True)
+    print(f"unpacking or downloading {name} in {root}", flush=True)
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)
+    socket.setdefaulttimeout(PROBE_SECONDS)
     try:
         root.mkdir(parents=True, exist_ok=True)
         return _torchvision(dataset, root, download=True)
@@ -240,9 +241,8 @@ def available(name, root):
     if name.startswith("folder:") or name in ("imagenette", "imagenet"):
         if _folder(name, root):
             return "disk"
-    else:
-        raw = {"cifar10": "cifar-10-batches-py", "mnist": "MNIST/raw", "usps": "usps.bz2"}
-        if (root / "packed" / f"{name}.npz").exists() or (root / raw[name]).exists():
+    elif name in RAW:
+        if (root / "packed" / f"{name}.npz").exists() or (root / RAW[name]).exists():
             return "disk"
     return "download" if name in ADDRESS and reachable(ADDRESS[name]) else None
 

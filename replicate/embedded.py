@@ -139,7 +139,7 @@ def _draw_objects(labels, size, scene, noise):
         members = (labels == label).nonzero()[:, 0]
         if len(members):
             canvas[members] = _paint_object(canvas[members], parts, scene)
-    _scatter_blob(canvas, scene, probability=0.3, extent=(0.12, 0.3), reach=0.7)
+    _scatter_blob(canvas, scene, probability=0.4, extent=(0.12, 0.35), reach=0.7)
 
     row, _ = _grid(size)
     # The sky is the brighter half more often than not, but never reliably: light alone must not tell what is up.
@@ -147,14 +147,15 @@ def _draw_objects(labels, size, scene, noise):
     contrast, brightness = _uniform(scene, (count, 1, 1, 1), 0.5, 1.1), _uniform(scene, (count, 1, 1, 1), -0.12, 0.12)
     canvas = (canvas - 0.5) * contrast + (0.5 + brightness)
     strength = _uniform(scene, (count, 1, 1, 1), 0.03, 0.2)
-    grain = torch.rand(canvas.shape, generator=noise) + torch.rand(canvas.shape, generator=noise)
-    return _to_bytes(canvas + (grain - 1) * strength)
+    # Grey noise: it hides shapes from every method alike, and leaves the colours to be predicted.
+    grain = torch.rand(2, count, 1, size, size, generator=noise)
+    return _to_bytes(canvas + (grain[0] + grain[1] - 1) * strength)
 
 
 def _paint_object(canvas, parts, scene):
     """Paint one object on each canvas (N, 3, H, W): random place, scale, tilt, flip, proportions and hues."""
     count, size = len(canvas), canvas.shape[-1]
-    scale = _uniform(scene, (count, 1, 1), 0.42, 0.8)
+    scale = _uniform(scene, (count, 1, 1), 0.36, 0.75)
     tilt = _uniform(scene, (count, 1, 1), -0.105, 0.105)  # tangent of half of 12 degrees
     flip = _sign(scene, (count, 1, 1))
     x, y = _local_grid(size, _uniform(scene, (2, count, 1, 1), -0.5, 0.5) * (1.1 - scale), tilt)
@@ -163,8 +164,8 @@ def _paint_object(canvas, parts, scene):
     # A fifth of the objects wear any hue at all.
     hue_shift += (_uniform(scene, (count, 1), 0, 1) < 0.2) * _uniform(scene, (count, 1), -0.5, 0.5)
     for part in parts:
-        shift_x, shift_y = _uniform(scene, (2, count, 1, 1), -0.07, 0.07)
-        stretch_x, stretch_y = _uniform(scene, (2, count, 1, 1), 0.8, 1.2)
+        shift_x, shift_y = _uniform(scene, (2, count, 1, 1), -0.1, 0.1)
+        stretch_x, stretch_y = _uniform(scene, (2, count, 1, 1), 0.7, 1.3)
         distance = _distance(part.shape, x - (part.x + shift_x), y - (part.y + shift_y),
                              part.half_width * stretch_x, part.half_height * stretch_y)
         hue, saturation, value = part.color
@@ -180,10 +181,12 @@ def _scatter_blob(canvas, scene, probability, extent, reach):
     x, y = _local_grid(size, _uniform(scene, (2, count, 1, 1), -reach, reach), _uniform(scene, (count, 1, 1), -1, 1))
     y = y * _sign(scene, (count, 1, 1))
     width, height = _uniform(scene, (2, count, 1, 1), *extent)
-    color = _rgb(*_uniform(scene, (3, count, 1), 0, 1))
     opacity = (_uniform(scene, (count, 1, 1), 0, 1) < probability).float()
     shapes = ("ellipse", "box", "triangle", "dome")
     choice = torch.randint(len(shapes), (count,), generator=scene)
+    # Each shape has a hue of its own, widely spread: something else for colorization to find.
+    color = _rgb(choice[:, None] / len(shapes) + _uniform(scene, (count, 1), -0.1, 0.1),
+                 *_uniform(scene, (2, count, 1), 0, 1))
     distance = torch.empty(count, size, size)
     for index, shape in enumerate(shapes):
         members = choice == index
@@ -202,9 +205,10 @@ def _draw_background(count, size, generator):
     stripes = 2 * phase * (1 - phase.abs()) + 0.5  # a parabola's likeness of a sine, 0..1
     noise = 0.6 * _value_noise(count, 4, size, generator) + 0.4 * _value_noise(count, 9, size, generator)
     striped = _uniform(generator, (count, 1, 1), 0, 1)
+    striped = striped * striped * (3 - 2 * striped)  # most textures are clearly one of the two
     pattern = (noise + striped * (stripes - noise))[:, None]
-    hues = 0.55 - 0.45 * striped[:, 0] + _uniform(generator, (2, count, 1), -0.2, 0.2)
-    first, second = (_rgb(hue, _uniform(generator, (count, 1), 0.1, 0.7), _uniform(generator, (count, 1), 0.2, 1))
+    hues = 0.55 - 0.45 * striped[:, 0] + _uniform(generator, (2, count, 1), -0.1, 0.1)
+    first, second = (_rgb(hue, _uniform(generator, (count, 1), 0.3, 0.7), _uniform(generator, (count, 1), 0.2, 1))
                      for hue in hues)
     return first + (second - first) * pattern
 

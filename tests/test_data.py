@@ -1,0 +1,224 @@
+"""Image sets: what is read, what is refused, and that streaming and residence give the same pixels."""
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from papers import gidaris_rotation as rotation
+from replicate import data, trainer
+from replicate.data import InputError
+
+
+
+def write_packed(root, name="cifar10", train=40, test=20, shape=(32, 32, 3)):
+    (root / "packed").mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    arrays = {"x_train": random.integers(0, 256, (train, *shape), dtype=np.uint8), "y_train": np.arange(train) % 10,
+              "x_test": random.integers(0, 256, (test, *shape), dtype=np.uint8), "y_test": np.arange(test) % 10}
+    np.savez(root / "packed" / f"{name}.npz", **arrays)
+    return arrays
+
+
+def write_folder(root, classes=("cat", "dog"), counts=(6, 4), size=(40, 36), parts=("train", "test"), suffix="png"):
+    random = np.random.default_rng(1)
+    for part, count in zip(parts, counts):
+        for name in classes:
+            (root / part / name).mkdir(parents=True)
+            for number in range(count):
+                Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(
+                    root / part / name / f"{number}.{suffix}")
+    return root
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every host is unreachable, at once."""
+    def refuse(*arguments, **options):
+        raise OSError("unreachable")
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(data, "_reachable", {})
+
+
+def test_a_packed_file_is_used_as_it_is(tmp_path):
+    arrays = write_packed(tmp_path)
+    loaded = data.load("cifar10", tmp_path, "cpu")
+    assert loaded.train.images.shape == (40, 3, 32, 32) and loaded.train.images.dtype == torch.uint8
+    assert np.array_equal(loaded.test.images.permute(0, 2, 3, 1).numpy(), arrays["x_test"])
+    assert loaded.train.labels.tolist() == arrays["y_train"].tolist() and loaded.classes == 10
+    import hashlib
+    digest = hashlib.sha256(b"".join(arrays[key].tobytes() if key[0] == "x" else arrays[key].tobytes()
+                                     for key in ("x_train", "y_train", "x_test", "y_test")))
+    assert loaded.sha256["cifar10"] == digest.hexdigest()
+
+
+def test_cifar10_is_the_published_one():
+    """The hash of the whole set, where it is at hand."""
+    root = data.data_root()
+    if not (root / "packed" / "cifar10.npz").exists():
+        pytest.skip("no CIFAR-10 on this machine")
+    loaded = data.load("cifar10", root, "cpu")
+    assert len(loaded.train) == 50000 and len(loaded.test) == 10000
+    assert loaded.train.labels.bincount().tolist() == [5000] * 10
+    assert loaded.test.labels.bincount().tolist() == [1000] * 10
+
+
+@pytest.mark.parametrize("damage", ["cut", "shape", "type", "labels", "key", "rubbish"])
+def test_a_damaged_packed_file_is_set_aside_and_named(tmp_path, capsys, no_network, damage):
+    arrays = write_packed(tmp_path)
+    path = tmp_path / "packed" / "cifar10.npz"
+    content = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[:len(content) // 2])
+    elif damage == "rubbish":
+        path.write_bytes(b"x" * 1000)
+    else:
+        change = {"shape": {"x_train": arrays["x_train"][:, :16]}, "type": {"x_test": arrays["x_test"].astype(np.float32)},
+                  "labels": {"y_test": arrays["y_test"] + 9}, "key": {}}[damage]
+        arrays.update(change)
+        if damage == "key":
+            del arrays["y_train"]
+        np.savez(path, **arrays)
+    with pytest.raises(InputError, match="--data DIR.*--data embedded") as caught:
+        data.load("cifar10", tmp_path, "cpu")
+    assert len(str(caught.value).splitlines()) == 1 and str(tmp_path) in str(caught.value)
+    assert "is damaged" in capsys.readouterr().out
+    assert not path.exists() and path.with_suffix(".npz.damaged").exists()
+
+
+def test_raw_mnist_is_decoded_packed_and_read_again(tmp_path):
+    root = data.data_root()
+    if not (root / "MNIST" / "raw").exists():
+        pytest.skip("no MNIST on this machine")
+    shutil.copytree(root / "MNIST", tmp_path / "MNIST")
+    first = data.load("mnist", tmp_path, "cpu")
+    assert (tmp_path / "packed" / "mnist.npz").exists()
+    again = data.load("mnist", tmp_path, "cpu")
+    assert first.sha256 == again.sha256 and first.train.images.shape == (60000, 1, 28, 28)
+    assert first.train.labels[:5].tolist() == [5, 0, 4, 1, 9] and torch.equal(first.test.images, again.test.images)
+
+
+def test_an_unreachable_host_costs_little_and_names_both_ways_on(tmp_path, monkeypatch, capsys, folders):
+    """A name look-up or a connection that hangs: one probe per host, cut off, then one line."""
+    monkeypatch.setattr(data, "_reachable", {})
+    monkeypatch.setattr(data, "PROBE_SECONDS", 1)
+    monkeypatch.setattr(socket, "create_connection", lambda *arguments, **options: time.sleep(60))
+    start = time.time()
+    assert rotation.main(["--scale", "small", "--data", str(tmp_path), *folders]) == 2
+    assert trainer.pick_scale(["gidaris_rotation"], str(tmp_path))[0] == "smoke"
+    assert time.time() - start < 15
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1 and str(tmp_path) in error
+    assert "--data DIR" in error and "--data embedded" in error
+
+
+
+def test_scale_follows_the_data(tmp_path, no_network, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    scale, reason = trainer.pick_scale(["gidaris_rotation"], str(tmp_path))
+    assert scale == "smoke" and str(tmp_path) in reason and "--data DIR" in reason
+    write_packed(tmp_path)
+    assert trainer.pick_scale(["gidaris_rotation"], str(tmp_path))[0] == "small"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert trainer.pick_scale(["gidaris_rotation"], str(tmp_path))[0] == "full"
+    with pytest.raises(InputError, match="no data folder"):
+        trainer.pick_scale(["gidaris_rotation"], str(tmp_path / "none"))
+
+
+# Folders
+def test_a_folder_is_decoded_resized_and_cropped(tmp_path):
+    write_folder(tmp_path / "set")
+    loaded = data.load(f"folder:{tmp_path / 'set'}", tmp_path, "cpu", size=24)
+    assert loaded.train.images.shape == (12, 3, 24, 24) and loaded.test.images.shape == (8, 3, 24, 24)
+    assert loaded.classes == 2 and loaded.train.labels.tolist() == [0] * 6 + [1] * 6
+    exact = data.load(f"folder:{tmp_path / 'set'}", tmp_path, "cpu", size=36)
+    image = np.asarray(Image.open(tmp_path / "set" / "train" / "cat" / "0.png"))
+    assert np.array_equal(exact.train.images[0].permute(1, 2, 0).numpy(), image[:, 2:38])  # cropped, not resampled
+
+
+def test_streamed_and_resident_give_the_same_batches(tmp_path):
+    write_folder(tmp_path / "set", counts=(20, 4))
+    order = [torch.tensor([3, 1, 39]), torch.tensor([0, 20, 21]), torch.tensor([5])]
+    batches = [[(x.clone(), y) for x, y in data.load(f"folder:{tmp_path / 'set'}", tmp_path, "cpu", 24, streamed).train
+                .batches(iter(order))] for streamed in (False, True)]
+    assert len(batches[0]) == len(batches[1]) == 3
+    for (x, y), (streamed_x, streamed_y) in zip(*batches):
+        assert torch.equal(x, streamed_x) and torch.equal(y, streamed_y)
+    streamed = data.load(f"folder:{tmp_path / 'set'}", tmp_path, "cpu", 24, True).train.take([2, 30])
+    assert len(streamed) == 2 and streamed.labels.tolist() == [0, 1]
+
+
+def test_imagenette_is_found_under_any_size(tmp_path):
+    write_folder(tmp_path / "imagenette2-128", classes=("n01", "n02"), parts=("train", "val"))
+    loaded = data.load("imagenette", tmp_path, "cpu", size=32)
+    assert len(loaded.train) == 12 and len(loaded.test) == 8 and data.available("imagenette", tmp_path) == "disk"
+
+
+@pytest.mark.parametrize("case,message", [
+    ("missing", "no folder with train/<class>/ images"), ("empty", "no images in"), ("one class", "only one class"),
+    ("other classes", "have different classes: dog, fox"), ("truncated", "cannot be read"), ("text", "cannot be read"),
+    ("tiny", "is 4 x 4 pixels"),
+])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_bad_folders_get_one_line(tmp_path, capsys, folders, case, message, streamed):
+    root = tmp_path / "set"
+    if case == "empty":
+        for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
+            (root / name).mkdir(parents=True)
+    elif case == "one class":
+        write_folder(root, classes=("cat",))
+    elif case == "other classes":
+        write_folder(root, parts=("train",))
+        write_folder(root, classes=("cat", "fox"), parts=("test",))
+    elif case != "missing":
+        write_folder(root)
+        victim = root / "train" / "cat" / "3.png"
+        if case == "truncated":
+            victim.write_bytes(victim.read_bytes()[:200])
+        elif case == "text":
+            victim.write_text("not an image")
+        else:
+            Image.new("RGB", (4, 4)).save(victim)
+    status = rotation.main(["--scale", "smoke", "--set", f"dataset=folder:{root}", "--set", f"streamed={str(streamed).lower()}",
+                            "--set", "pretext_epochs=4", "--set", "batch_size=4", "--rows", "rotnet4/rotation-accuracy",
+                            *folders])
+    error = capsys.readouterr().err.strip()
+    assert status == 2 and message in error and len(error.splitlines()) == 1, error
+    assert not list((tmp_path / "results").rglob("*.jsonl"))
+
+
+def test_own_images_run_from_a_folder_with_spaces(tmp_path, folders):
+    """Users bring their own: a folder of odd-shaped images goes through pre-training and a probe into a table."""
+    root = write_folder(tmp_path / "my own pictures", classes=("a b", "c"), counts=(20, 6), size=(50, 64), suffix="jpg")
+    assert rotation.main(["--scale", "smoke", "--set", f"dataset=folder:{root}", "--set", "pretext_epochs=2",
+                          "--set", "conv_epochs=2", "--set", "batch_size=8", "--rows", "rotnet4/conv", *folders]) == 0
+    (table,) = (tmp_path / "results").glob("smoke*/gidaris_rotation.md")
+    assert "rotnet4/conv" in table.read_text()
+
+
+def test_paper_scale_runs_on_a_stand_in_for_imagenet(tmp_path, folders):
+    """AlexNet, random-sized crops, the streaming path: every row of the scale, on two dozen drawn photographs."""
+    write_folder(tmp_path / "imagenet", classes=("n1", "n2", "n3"), counts=(8, 3), size=(90, 70), parts=("train", "val"))
+    arguments = ["--scale", "paper", "--data", str(tmp_path), "--seeds", "0", "--device", "cpu", *folders]
+    for key, value in dict(width=0.03, batch_size=8, pretext_epochs=0.7, linear_epochs=0.7, nonlinear_epochs=0.7,
+                           precision="float32").items():
+        arguments += ["--set", f"{key}={value}"]
+    assert rotation.main(arguments) == 0
+    records = [line for path in (tmp_path / "results").rglob("*.jsonl") for line in path.read_text().splitlines()]
+    assert len(records) == 15 and all('"status": "ok"' in line for line in records)
+
+
+def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "file.bin"
+    data.write_atomically(path, b"old")
+
+    def fail(*arguments):
+        raise OSError("disk full")
+    monkeypatch.setattr(data.os, "fsync", fail)
+    with pytest.raises(OSError):
+        data.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file.bin"]
