@@ -448,16 +448,23 @@ def rotation_accuracy(run, model, degrees, test):
     return 100.0 * hits / count
 
 
-def frozen_probes(run, encoder, block, train, test, kinds):
-    """{"linear": percent, "knn": percent} of the kinds asked for, on a block's map averaged to at most probe_cells a side."""
+def frozen_probes(run, encoder, wanted, train, test):
+    """{(block, kind): percent} for the wanted pairs, kind "linear" or "knn", on maps averaged to probe_cells a side."""
+    blocks = sorted({block for block, _ in wanted})
+
     def encode(images):
-        return frozen.average_cells(encoder.features(central(run.config, images), block), run.config.probe_cells)
+        maps = encoder.maps(central(run.config, images), blocks[-1])
+        return torch.cat([frozen.average_cells(maps[block - 1], run.config.probe_cells) for block in blocks], 1)
 
     encoder.eval()
     with run.autocast():
-        features = [frozen.extract_features(encode, split) for split in (train, test)]  # (N, D) each
-    arguments = features[0], train.labels, features[1], test.labels
-    return {kind: {"linear": frozen.linear_probe, "knn": frozen.knn_accuracy}[kind](*arguments) for kind in kinds}
+        widths = [frozen.average_cells(each, run.config.probe_cells).shape[1]
+                  for each in encoder.maps(central(run.config, next(frozen.pieces(test, 2))), blocks[-1])]
+        train_x, test_x = (frozen.extract_features(encode, split).split([widths[block - 1] for block in blocks], 1)
+                           for split in (train, test))
+    protocols = {"linear": frozen.linear_probe, "knn": frozen.knn_accuracy}
+    return {(block, kind): protocols[kind](train_x[blocks.index(block)], train.labels, test_x[blocks.index(block)],
+                                           test.labels) for block, kind in wanted}
 
 
 def classify(run, purpose, encoder, heads, data, train, *, epochs, drops, rate, finetune=False):
@@ -573,14 +580,14 @@ def evaluate(run, data):
             value, own = run.measure(lambda test: rotation_accuracy(run, model, degrees, test), data.test)
             run.record(f"{name}/rotation-accuracy", value, steps=0, seconds=seconds + own)
     for name in ("rotnet4", "random"):
-        for block in range(1, 5):
-            kinds = [kind for kind in ("linear", "knn") if run.wanted(f"{name}/block{block}/{kind}")]
-            if kinds:
-                encoder, seconds = trunk(name)
-                values, own = run.measure(
-                    lambda train, test: frozen_probes(run, encoder, block, train, test, kinds), data.train, data.test)
-                for kind in kinds:
-                    run.record(f"{name}/block{block}/{kind}", values[kind], steps=0, seconds=seconds + own)
+        rows = {f"{name}/block{block}/{kind}": (block, kind) for block in range(1, 5) for kind in ("linear", "knn")}
+        wanted = {row: rows[row] for row in run.wanted(*rows)}
+        if wanted:
+            encoder, seconds = trunk(name)
+            values, own = run.measure(
+                lambda train, test: frozen_probes(run, encoder, list(wanted.values()), train, test), data.train, data.test)
+            for row, pair in wanted.items():
+                run.record(row, values[pair], steps=0, seconds=seconds + own)
     if "rotnet4" in trunks and run.seed == 0 and run.rank == 0 and not run.plan:
         figures(run, trunks["rotnet4"][0], data)
 

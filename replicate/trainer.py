@@ -148,7 +148,10 @@ class Run:
 
     def seed_global(self, purpose, step=0):
         """Seed torch's global state for what has no generator argument: initialisation, dropout."""
-        torch.manual_seed(derive(self.seed, purpose, step))
+        number = derive(self.seed, purpose, step)
+        torch.default_generator.manual_seed(number)  # torch.manual_seed would format a stack trace at every step
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(number)
 
     def augment(self, function, images, purpose, step):
         """function(images, generator), drawn in config.shards parts of the global batch, each with its own stream.

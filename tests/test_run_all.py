@@ -1,0 +1,85 @@
+"""run_all.sh as a user calls it: from elsewhere, with spaces in the path, without a network."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = ["--rows", "random/block1/knn"]
+
+
+def run_all(*arguments, folder=ROOT, cwd=None, prefix=(), **environment):
+    """Run the script with this Python first on the PATH and no data set in reach, unless the environment says other."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run([*prefix, str(folder / "run_all.sh"), *arguments], cwd=cwd or folder, text=True, capture_output=True,
+                          timeout=300, env={**os.environ, "PATH": path, **environment})
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A copy of the code in a folder with spaces in its name."""
+    target = tmp_path_factory.mktemp("a clone with spaces") / "my repository"
+    for part in ("replicate", "papers", "run_all.sh", "requirements.txt"):
+        source = ROOT / part
+        if source.is_dir():
+            shutil.copytree(source, target / part, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target / part)
+    return target
+
+
+def test_smoke_from_another_folder_with_spaces_and_no_network(clone, tmp_path):
+    prefix = ("unshare", "-rn") if subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode == 0 else ()
+    result = run_all("smoke", *QUICK, folder=clone, cwd=tmp_path, prefix=prefix)
+    assert result.returncode == 0, result.stderr
+    assert not list(tmp_path.iterdir())  # everything lands beside run_all.sh
+    table = (clone / "results" / "smoke" / "gidaris_rotation.md").read_text()
+    assert "random/block1/knn" in table and "not run" in table
+    assert run_all("tables", "--check", folder=clone, cwd=tmp_path).returncode == 0
+    again = run_all("smoke", *QUICK, folder=clone)
+    assert "nothing to do" in again.stdout
+
+
+def test_without_a_scale_it_picks_one_and_says_so(clone, tmp_path):
+    (tmp_path / "data" / "packed").mkdir(parents=True)
+    (tmp_path / "data" / "packed" / "cifar10.npz").write_bytes(b"")  # there, as far as choosing goes
+    result = run_all("plan", *QUICK, folder=clone, REPLICATE_DATA=str(tmp_path / "data"), CUDA_VISIBLE_DEVICES="")
+    assert "scale small: no CUDA GPU is visible" in result.stderr and "cifar10 (on disk)" in result.stderr
+    result = run_all("--data", "embedded", "--plan", *QUICK, folder=clone, CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 0 and "scale small" in result.stderr and "minutes a seed" in result.stdout
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["tiny"], "unknown scale or paper 'tiny'"), (["smoke", "--colour"], "unknown option '--colour'"),
+    (["smoke", "--rows"], "--rows needs a value"), (["smoke", "--seeds", "x"], "--seeds takes whole numbers"),
+    (["--data", "/does/not/exist"], "no data folder /does/not/exist"),
+])
+def test_wrong_words_are_named(clone, arguments, message):
+    result = run_all(*arguments, folder=clone)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_help_lists_the_commands():
+    result = run_all("--help")
+    assert result.returncode == 0
+    for word in ("plan", "tables", "test", "bench", "--rows", "--force"):
+        assert word in result.stdout
+
+
+def test_committed_tables_follow_from_the_committed_records():
+    assert run_all("tables", "--check").returncode == 0
+
+
+def test_a_script_that_is_added_is_found(clone):
+    (clone / "papers" / "seventh.py").write_text("raise SystemExit(3)\n")
+    (clone / "papers" / "seventh.yaml").write_text("smoke:\n")
+    try:
+        result = run_all("smoke", *QUICK, folder=clone)
+        assert result.returncode == 3 and "not finished: seventh (seed 0)" in result.stderr
+        assert "gidaris_rotation" in result.stdout  # a failing paper does not stop the others
+    finally:
+        (clone / "papers" / "seventh.py").unlink()
+        (clone / "papers" / "seventh.yaml").unlink()
