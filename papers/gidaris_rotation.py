@@ -19,8 +19,11 @@ Deviations
     to at most probe_cells x probe_cells.  The value shown beside ours is from a later paper with the same network.
  5. All probes on one frozen network are trained side by side, each by its own loss, on the same batches.
  6. Heads without biases before batch-norm, which would cancel them.
- 7. Scale paper: ImageNet is decoded to a square of 256 pixels first, and random-sized crops are cut from that.
- 8. Scale small: narrower network and less training (see the YAML); values are not comparable, claims are.
+ 7. Scale paper: ImageNet is decoded to a square of 256 pixels first, and random-sized crops are cut from that; 50 epochs with
+    the rate lowered at 15, 30 and 45, as released, where the paper trains 30 with steps at 10 and 20.
+ 8. Convolutions and matrix products run in bfloat16 (--set precision=float32 for the original's); all else in float32.
+ 9. Left out: transfer to Places (Table 6) and PASCAL VOC (Table 7), and accuracy over pretext epochs (Fig. 5a).
+10. Scale small: narrower network and less training (see the YAML); values are not comparable, claims are.
 
     python -m papers.gidaris_rotation --scale small        # CIFAR-10, minutes a seed on two CPU cores
     python -m papers.gidaris_rotation --scale full         # CIFAR-10, the paper's protocol, one data-centre GPU
@@ -122,8 +125,18 @@ CLAIMS = [
      "Four rotations beat {90, 270}", "Table 2"),
     ("four-beat-eight", "rotnet4/block2/nonlinear", ">", "rotations8/block2/nonlinear", 0.0,
      "Four rotations beat eight", "Table 2"),
+    ("0-180-beat-90-270", "rotations0-180/block2/nonlinear", ">", "rotations90-270/block2/nonlinear", 0.0,
+     "{0, 180} beat {90, 270}", "Table 2"),
+    ("conv-beats-nonlinear", "rotnet4/conv", ">", "rotnet4/block2/nonlinear", 0.0,
+     "The convolutional probe beats the non-linear one", "Table 3"),
+    ("more-blocks-lift-later", "rotnet4/block3/nonlinear", ">", "rotnet3/block3/nonlinear", 5.0,
+     "A fourth block lifts the third", "Table 1"),
     ("few-labels", "rotnet4/conv/labels20", ">", "supervised/labels20", 5.0,
      "With 20 labels a class pre-training beats supervised training", "Fig. 5b"),
+    ("few-labels-100", "rotnet4/conv/labels100", ">", "supervised/labels100", 0.0,
+     "With 100 labels a class pre-training beats supervised training", "Fig. 5b"),
+    ("few-labels-400", "rotnet4/conv/labels400", ">", "supervised/labels400", 0.0,
+     "With 400 labels a class pre-training beats supervised training", "Fig. 5b"),
     ("near-supervised", "rotnet4/conv", ">", "supervised", -5.0,
      "RotNet + conv comes within 5 points of supervised training (a claim about full training)", "Table 3"),
 ]
@@ -171,6 +184,8 @@ class Config:
     finetune_rate: float = 0.02         # ours: a fifth of head_rate
     linear_epochs: float = 35.0         # official code, ImageNet only
     linear_drops: tuple[float, ...] = (1 / 7, 3 / 7, 5 / 7)  # official code, ImageNet only
+    mean: tuple[float, ...] = (125.3, 123.0, 113.9)         # official code
+    deviation: tuple[float, ...] = (63.0, 62.1, 66.7)       # official code
     momentum: float = 0.9               # Sec. 3.1
     weight_decay: float = 5e-4          # Sec. 3.1
     probe_cells: int = 8                # ours: linear and k-NN probes see maps of at most 8 x 8
@@ -184,6 +199,15 @@ class Config:
         trainer.require(self.precision in ("bfloat16", "float32"),
                         f"precision must be bfloat16 or float32, not '{self.precision}'")
         trainer.require(self.crop_size >= 16, f"crop_size {self.crop_size}: the network needs at least 16 pixels")
+        trainer.require(self.momentum < 1, f"momentum must be below 1, not {self.momentum}")
+        for name in ("mean", "deviation"):
+            trainer.require(len(getattr(self, name)) == 3, f"{name} must have three values, one a channel")
+        for name, value in vars(self).items():
+            if name.endswith("_epochs"):
+                trainer.require(value > 0, f"{name} must be above 0, not {value}")
+            if name.endswith("_drops"):
+                trainer.require(all(0 < drop < 1 for drop in value) and list(value) == sorted(value),
+                                f"{name} must be rising fractions of the run between 0 and 1, not {list(value)}")
 
 
 # Data: the test split is only ever counted on
@@ -214,7 +238,8 @@ def rotate_eight_ways(images):
     """(N,C,S,S) uint8 -> (images (8N,C,s,s), eighth_turns (8N,)), s = S / sqrt(2) rounded down to even (deviation 2)."""
     side = int(images.shape[-1] / math.sqrt(2)) // 2 * 2
     values = images.float()
-    slanted = image_functional.rotate(values, 45, InterpolationMode.BILINEAR)
+    with torch.autocast(images.device.type, enabled=False):  # geometry in full precision
+        slanted = image_functional.rotate(values, 45, InterpolationMode.BILINEAR)
     shift = (1 - 3 ** -0.5) / 2  # bilinear weights t, 1 - t have the mean square of a random t's, 2/3, at this one
     blurred = torch.lerp(values, values.roll(-1, 3), shift)
     blurred = torch.lerp(blurred, blurred.roll(-1, 2), shift)
@@ -228,16 +253,15 @@ def rotate(images, degrees):
     """The pretext task with any of the paper's four sets of rotations -> (images (len(degrees)*N,...), labels)."""
     if len(degrees) == 8:
         return rotate_eight_ways(images)
-    turned, turns = rotate_four_ways(images)
-    chosen = torch.cat([turned[turns == angle // 90] for angle in degrees])
-    return chosen, torch.arange(len(degrees), device=images.device).repeat_interleave(len(images))
+    turned = torch.cat([torch.rot90(images, angle // 90, (2, 3)) for angle in degrees])
+    return turned, torch.arange(len(degrees), device=images.device).repeat_interleave(len(images))
 
 
 def crop_and_flip(images, generator, size=32, pad=4):
-    """(N,C,H,W) -> (N,C,size,size): zero padding, a random crop and a random mirror image for each (official code)."""
+    """(N,C,S,S) -> (N,C,size,size): zero padding, a random crop and a random mirror image for each (official code)."""
     count, device = len(images), images.device
-    room = torch.tensor([[images.shape[-2]], [images.shape[-1]]], device=device) + 2 * pad - size + 1
-    offsets = (torch.rand(2, count, generator=generator, device=device) * room).long()  # (2, N): top, left
+    room = images.shape[-1] + 2 * pad - size + 1
+    offsets = torch.randint(room, (2, count), generator=generator, device=device)  # top, left
     flip = torch.rand(count, 1, generator=generator, device=device) < 0.5
     positions = torch.arange(size, device=device)
     rows = offsets[0, :, None] + positions  # (N, size)
@@ -260,11 +284,10 @@ def resized_crop_and_flip(images, generator, size=224):
     return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
 
 
-def normalize(images):
-    """0..255 -> float, CIFAR-10's mean 0 and deviation 1 per channel (official code); stored channels last."""
-    mean = torch.tensor([125.3, 123.0, 113.9], device=images.device).view(1, 3, 1, 1)
-    deviation = torch.tensor([63.0, 62.1, 66.7], device=images.device).view(1, 3, 1, 1)
-    return ((images.float() - mean) / deviation).contiguous(memory_format=torch.channels_last)
+def normalize(images, mean, deviation):
+    """(N,3,H,W) in 0..255 -> float, less mean[c] and divided by deviation[c] in channel c; stored channels last."""
+    channels = [(images[:, c].float() - mean[c]) / deviation[c] for c in range(3)]
+    return torch.stack(channels, 1).contiguous(memory_format=torch.channels_last)
 
 
 # Networks
@@ -324,7 +347,7 @@ class NetworkInNetwork(Encoder):
             layer, channels = nin_block(channels, number, width)
             layers.append(layer)
         super().__init__(layers, nn.Sequential(GlobalAverage(), nn.Linear(channels, classes)))
-        nn.init.zeros_(self.classifier[1].bias)
+        nn.init.zeros_(self.classifier[1].bias)  # its weights stay torch's (official code)
 
 
 class AlexNet(Encoder):
@@ -346,22 +369,30 @@ def dense(inputs, outputs):
 
 
 # Heads, on a feature map of shape (N,C,h,w)
+def linear(inputs, outputs):
+    """The last layer of every head: weights N(0, 2 / outputs), biases 0 (official code)."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.normal_(layer.weight, std=math.sqrt(2 / outputs))
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 def nonlinear_head(shape, classes):
     """Flattened map -> 200 -> 200 -> classes (Sec. 3.1; hidden units min(20 classes, 2048), official code)."""
     hidden = min(20 * classes, 2048)
-    return nn.Sequential(nn.Flatten(), *dense(math.prod(shape[1:]), hidden), *dense(hidden, hidden), nn.Linear(hidden, classes))
+    return nn.Sequential(nn.Flatten(), *dense(math.prod(shape[1:]), hidden), *dense(hidden, hidden), linear(hidden, classes))
 
 
 def conv_head(shape, classes, width):
     """A fresh third NIN block, global average, linear layer: with blocks 1 and 2 the supervised network (Sec. 3.1)."""
     block, channels = nin_block(shape[1], 3, width)
-    return nn.Sequential(block, GlobalAverage(), nn.Linear(channels, classes))
+    return nn.Sequential(block, GlobalAverage(), linear(channels, classes))
 
 
 def alexnet_linear_head(shape, classes, side):
     """Maxima of side x side cells, batch-norm without scale and shift, one linear layer (Sec. 3.2, official code)."""
     return nn.Sequential(nn.AdaptiveMaxPool2d(side), nn.Flatten(), nn.BatchNorm1d(shape[1] * side * side, affine=False),
-                         nn.Linear(shape[1] * side * side, classes))
+                         linear(shape[1] * side * side, classes))
 
 
 def alexnet_nonlinear_head(shape, classes, width, fresh_conv5):
@@ -407,6 +438,10 @@ def random_sized_crop(config):
     return lambda images, generator: resized_crop_and_flip(images, generator, config.crop_size)
 
 
+def pretext_steps(config, data):
+    return int(config.pretext_epochs * len(data.train) / config.batch_size)
+
+
 def pretrain(run, data, name):
     """-> (network, seconds): trained to tell rotations apart, or as initialised for the controls."""
     config, (_, degrees) = run.config, TRUNKS[name]
@@ -419,11 +454,11 @@ def pretrain(run, data, name):
         images, _ = batch  # the class labels stay unused
         images = run.augment(augmentation, images, f"{name}/augment", step)
         rotated, labels = rotate(images, degrees)
-        return rotation_loss(model(normalize(rotated)), labels)
+        return rotation_loss(model(normalize(rotated, config.mean, config.deviation)), labels)
 
     seconds = run.fit(
         name, model, objective, run.shuffled(data.train, config.batch_size, name),
-        steps=int(config.pretext_epochs * len(data.train) / config.batch_size),
+        steps=pretext_steps(config, data),
         optimizer=optimizer_of(config, model.parameters()),
         learning_rate=stepped(config.pretext_rate, config.pretext_drops, config.pretext_factor),
         images_per_step=config.batch_size * len(degrees), chance=math.log(len(degrees)))
@@ -433,7 +468,7 @@ def pretrain(run, data, name):
 # Evaluation
 def central(config, images):
     """What a network sees at test time: the whole CIFAR-10 image, the central crop of a larger one."""
-    return normalize(image_functional.center_crop(images, [config.crop_size] * 2))
+    return normalize(image_functional.center_crop(images, [config.crop_size] * 2), config.mean, config.deviation)
 
 
 def rotation_accuracy(run, model, degrees, test):
@@ -443,7 +478,7 @@ def rotation_accuracy(run, model, degrees, test):
     with torch.no_grad(), run.autocast():
         for images, _ in test.batches(torch.arange(len(test)).split(250)):
             rotated, labels = rotate(image_functional.center_crop(images, [run.config.crop_size] * 2), degrees)
-            hits += int((model(normalize(rotated)).argmax(1) == labels).sum())
+            hits += int((model(normalize(rotated, run.config.mean, run.config.deviation)).argmax(1) == labels).sum())
             count += len(labels)
     return 100.0 * hits / count
 
@@ -462,9 +497,12 @@ def frozen_probes(run, encoder, wanted, train, test):
                   for each in encoder.maps(central(run.config, next(frozen.pieces(test, 2))), blocks[-1])]
         train_x, test_x = (frozen.extract_features(encode, split).split([widths[block - 1] for block in blocks], 1)
                            for split in (train, test))
-    protocols = {"linear": frozen.linear_probe, "knn": frozen.knn_accuracy}
-    return {(block, kind): protocols[kind](train_x[blocks.index(block)], train.labels, test_x[blocks.index(block)],
-                                           test.labels) for block, kind in wanted}
+    values = {}
+    for block, kind in wanted:
+        arguments = train_x[blocks.index(block)], train.labels, test_x[blocks.index(block)], test.labels
+        values[block, kind] = (frozen.linear_probe(*arguments, seed=run.seed) if kind == "linear"
+                               else frozen.knn_accuracy(*arguments))
+    return values
 
 
 def classify(run, purpose, encoder, heads, data, train, *, epochs, drops, rate, finetune=False):
@@ -479,7 +517,7 @@ def classify(run, purpose, encoder, heads, data, train, *, epochs, drops, rate, 
     encoder = copy.deepcopy(encoder)
     encoder.blocks = encoder.blocks[:last]
     encoder.requires_grad_(finetune).train(finetune)
-    before = frozen.fingerprint(encoder.blocks)
+    before = None if finetune else frozen.fingerprint(encoder.blocks)
     classifiers = nn.ModuleDict({name: head for name, (_, head) in heads.items()})
     classifiers.to(run.device, memory_format=torch.channels_last)
     trained = nn.ModuleDict({"heads": classifiers, **({"blocks": encoder.blocks} if finetune else {})})
@@ -492,7 +530,8 @@ def classify(run, purpose, encoder, heads, data, train, *, epochs, drops, rate, 
     def objective(batch, step):
         images, labels = batch
         images = run.augment(random_crop(config), images, f"{purpose}/augment", step)
-        return {"loss": sum(F.cross_entropy(each, labels) for each in scores(normalize(images)).values())}
+        predicted = scores(normalize(images, config.mean, config.deviation))
+        return {"loss": sum(F.cross_entropy(each, labels) for each in predicted.values())}
 
     steps = int(epochs * len(data.train) / config.batch_size)
     seconds = run.fit(
@@ -517,20 +556,27 @@ def evaluate(run, data):
             trunks[name] = pretrain(run, data, name)
         return trunks[name]
 
-    def probe(purpose, name, rows, make_head, train=data.train, **budget):
-        """rows: {row: block}.  All rows of a call are trained, side by side, whichever of them are wanted."""
+    def probe(purpose, name, rows, make_head, labels=None, **budget):
+        """rows: {row: block}.  All rows of a call are trained, side by side, whichever of them are wanted.
+
+        labels: train on the first so many images of each class (official code), None for all.
+        """
         wanted = run.wanted(*rows)
+        if wanted and labels and int(data.train.labels.bincount().min()) < labels:
+            run.say(f"seed {run.seed}  {', '.join(wanted)}: left out, a class has fewer than {labels} training images")
+            return
         if not wanted:
             return
+        train = data.train if labels is None else data.train.take(frozen.first_per_class(data.train.labels, labels))
         encoder, seconds = trunk(name)
-        blank = torch.zeros(2, 3, config.crop_size, config.crop_size, device=run.device)
         with torch.no_grad():
-            maps = copy.deepcopy(encoder).eval().maps(blank, max(rows.values()))
+            maps = encoder.eval().maps(torch.zeros(2, 3, config.crop_size, config.crop_size, device=run.device),
+                                       max(rows.values()))
         run.seed_global(f"{purpose}/init")
-        heads = {row.replace("/", "-"): (block, make_head(maps[block - 1].shape, block)) for row, block in rows.items()}
+        heads = {row: (block, make_head(maps[block - 1].shape, block)) for row, block in rows.items()}
         accuracies, steps, own = classify(run, purpose, encoder, heads, data, train, **budget)
         for row in wanted:
-            run.record(row, accuracies[row.replace("/", "-")], steps=steps, seconds=seconds + own)
+            run.record(row, accuracies[row], steps=steps, seconds=seconds + own)
 
     def nonlinear(shape, block):
         return nonlinear_head(shape, data.classes)
@@ -566,19 +612,17 @@ def evaluate(run, data):
     for name in ("alexnet", "alexnet-random"):
         probe(f"{name}/linear", name, {f"{name}/conv{b}/linear": b for b in range(1, 6)}, linear_on_alexnet, **on_linear)
         probe(f"{name}/nonlinear", name, {f"{name}/conv{b}/nonlinear": b for b in (4, 5)}, nonlinear_on_alexnet, **on_nonlinear)
-    # Fig. 5b: the first K images of each class (official code)
+    # Fig. 5b
     for count in LABELS:
         for name, start, budget in (("rotnet4/conv", "rotnet4", on_conv), ("supervised", "random", on_everything)):
             row = f"{name}/labels{count}"
-            if run.wanted(row):
-                few = data.train.take(frozen.first_per_class(data.train.labels, count))
-                probe(row, start, {row: 2}, conv, train=few, **budget)
+            probe(row, start, {row: 2}, conv, labels=count, **budget)
     # Beyond the paper: the pretext task itself, linear and nearest-neighbour probes
     for name, (_, degrees) in TRUNKS.items():
         if f"{name}/rotation-accuracy" in PAPER and run.wanted(f"{name}/rotation-accuracy"):
             model, seconds = trunk(name)
             value, own = run.measure(lambda test: rotation_accuracy(run, model, degrees, test), data.test)
-            run.record(f"{name}/rotation-accuracy", value, steps=0, seconds=seconds + own)
+            run.record(f"{name}/rotation-accuracy", value, steps=pretext_steps(config, data), seconds=seconds + own)
     for name in ("rotnet4", "random"):
         rows = {f"{name}/block{block}/{kind}": (block, kind) for block in range(1, 5) for kind in ("linear", "knn")}
         wanted = {row: rows[row] for row in run.wanted(*rows)}
@@ -598,7 +642,7 @@ def figures(run, encoder, data):
     filters = encoder.blocks[0][0][0].weight.detach().float().contiguous()  # (96, 3, 5, 5)
     save_image(F.interpolate(filters, scale_factor=8), run.suite / f"{run.paper}_filters.png", nrow=16, normalize=True,
                scale_each=True)
-    images = next(data.test.batches([torch.arange(12)]))[0]
+    images = next(data.test.batches([torch.arange(min(12, len(data.test)))]))[0]
     with torch.no_grad():
         maps = encoder.maps(central(run.config, images), len(encoder.blocks))
     side = run.config.crop_size

@@ -9,7 +9,6 @@ import io
 import os
 import socket
 import threading
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,7 +172,7 @@ def _read_packed(name, root):
                 arrays = [archive[key] for key in ("x_train", "y_train", "x_test", "y_test")]
             _check_arrays(arrays, name)
             return arrays
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # rubbish can make numpy raise nearly anything
             aside = path.with_suffix(".npz.damaged")
             print(f"warning: {path} is damaged ({error}); set aside as {aside.name} and made anew", flush=True)
             try:
@@ -290,8 +289,12 @@ def _load_folder(name, root, device, size, streamed):
     folder = _folder(name, root)
     if folder is None and name == "imagenette" and reachable(ADDRESS[name]):
         print(f"downloading imagenette to {root}", flush=True)
-        root.mkdir(parents=True, exist_ok=True)
-        datasets.Imagenette(str(root), split="train", size="full", download=True)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            datasets.Imagenette(str(root), split="train", size="full", download=True)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"downloading imagenette to {root} failed ({str(error).splitlines()[0]}): repeat, or give "
+                             "the folder that holds it with --data DIR") from None
         folder = _folder(name, root)
     if folder is None:
         where = name[len("folder:"):] if name.startswith("folder:") else root

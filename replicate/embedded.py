@@ -139,14 +139,14 @@ def _draw_objects(labels, size, scene, noise):
         members = (labels == label).nonzero()[:, 0]
         if len(members):
             canvas[members] = _paint_object(canvas[members], parts, scene)
-    _scatter_blob(canvas, scene, probability=0.4, extent=(0.12, 0.35), reach=0.7)
+    _scatter_blob(canvas, scene, probability=0.3, extent=(0.12, 0.3), reach=0.7)
 
     row, _ = _grid(size)
     # The sky is the brighter half more often than not, but never reliably: light alone must not tell what is up.
     canvas *= 1 - row * _uniform(scene, (count, 1, 1, 1), -0.2, 0.3)
     contrast, brightness = _uniform(scene, (count, 1, 1, 1), 0.5, 1.1), _uniform(scene, (count, 1, 1, 1), -0.12, 0.12)
     canvas = (canvas - 0.5) * contrast + (0.5 + brightness)
-    strength = _uniform(scene, (count, 1, 1, 1), 0.03, 0.2)
+    strength = _uniform(scene, (count, 1, 1, 1), 0.03, 0.12)
     # Grey noise: it hides shapes from every method alike, and leaves the colours to be predicted.
     grain = torch.rand(2, count, 1, size, size, generator=noise)
     return _to_bytes(canvas + (grain[0] + grain[1] - 1) * strength)
@@ -155,7 +155,7 @@ def _draw_objects(labels, size, scene, noise):
 def _paint_object(canvas, parts, scene):
     """Paint one object on each canvas (N, 3, H, W): random place, scale, tilt, flip, proportions and hues."""
     count, size = len(canvas), canvas.shape[-1]
-    scale = _uniform(scene, (count, 1, 1), 0.36, 0.75)
+    scale = _uniform(scene, (count, 1, 1), 0.42, 0.8)
     tilt = _uniform(scene, (count, 1, 1), -0.105, 0.105)  # tangent of half of 12 degrees
     flip = _sign(scene, (count, 1, 1))
     x, y = _local_grid(size, _uniform(scene, (2, count, 1, 1), -0.5, 0.5) * (1.1 - scale), tilt)
@@ -164,8 +164,8 @@ def _paint_object(canvas, parts, scene):
     # A fifth of the objects wear any hue at all.
     hue_shift += (_uniform(scene, (count, 1), 0, 1) < 0.2) * _uniform(scene, (count, 1), -0.5, 0.5)
     for part in parts:
-        shift_x, shift_y = _uniform(scene, (2, count, 1, 1), -0.1, 0.1)
-        stretch_x, stretch_y = _uniform(scene, (2, count, 1, 1), 0.7, 1.3)
+        shift_x, shift_y = _uniform(scene, (2, count, 1, 1), -0.07, 0.07)
+        stretch_x, stretch_y = _uniform(scene, (2, count, 1, 1), 0.8, 1.2)
         distance = _distance(part.shape, x - (part.x + shift_x), y - (part.y + shift_y),
                              part.half_width * stretch_x, part.half_height * stretch_y)
         hue, saturation, value = part.color

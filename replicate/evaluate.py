@@ -27,10 +27,11 @@ def extract_features(encoder, images, batch_size=500):
     training = getattr(encoder, "training", False)
     if training:
         encoder.eval()
-    features = torch.cat([encoder(batch).flatten(1).float() for batch in pieces(images, batch_size)])
-    if training:
-        encoder.train()
-    return features
+    try:
+        return torch.cat([encoder(batch).flatten(1).float() for batch in pieces(images, batch_size)])
+    finally:
+        if training:
+            encoder.train()
 
 
 def average_cells(features, cells):
@@ -56,6 +57,7 @@ def linear_probe(train_x, train_y, test_x, test_y, penalties=(1e-4, 1e-3, 1e-2),
     The L2 penalty is chosen on a tenth of train held out by the seed, then the model is fitted on all of train;
     L-BFGS with a strong Wolfe line search, from zero, so nothing else is random.
     """
+    train_y, test_y = train_y.to(train_x.device), test_y.to(test_x.device)
     mean, deviation = train_x.mean(0), train_x.std(0)
     scale = 1.0 / deviation.clamp_min(1e-6)
     train_x, test_x = (train_x - mean) * scale, (test_x - mean) * scale
@@ -97,6 +99,7 @@ def knn_accuracy(train_x, train_y, test_x, test_y, k=20, temperature=0.07, batch
     """Weighted k-nearest-neighbour accuracy in percent: cosine similarity, votes exp(similarity / temperature)
     (Wu et al. 2018, Sec. 3.4).  Features (N,D), labels (N,)."""
     k = min(k, len(train_x))
+    train_y, test_y = train_y.to(train_x.device), test_y.to(test_x.device)
     train_x = F.normalize(train_x.float(), dim=1)
     classes = int(train_y.max()) + 1
     hits = 0
@@ -114,10 +117,10 @@ def mean_average_precision(scores, targets):
     for score, target in zip(scores.T.double(), targets.T):
         counted = target >= 0
         order = score[counted].argsort(descending=True, stable=True)
-        hit = target[counted][order].double()  # (n,)
+        hit = target[counted][order].long()  # (n,); whole numbers, whose running sum is deterministic on a GPU too
         if hit.sum() == 0:
             continue
-        precision = hit.cumsum(0) / torch.arange(1, len(hit) + 1, device=hit.device)
+        precision = hit.cumsum(0).double() / torch.arange(1, len(hit) + 1, device=hit.device)
         precisions.append((precision * hit).sum() / hit.sum())
     return 100.0 * float(torch.stack(precisions).mean())
 

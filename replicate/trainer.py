@@ -116,7 +116,7 @@ class Run:
     """One seed of one paper at one scale: its config, device, ranks, checkpoints and records."""
 
     def __init__(self, script, config, scale, device, *, suite, results, runs, data="", rows="*", scale_rows=("*",),
-                 force=False, plan=False):
+                 force=False, plan=False, provenance=None):
         self.script, self.config, self.scale, self.seed = Path(script), config, scale, config.seed
         self.paper = self.script.stem
         self.device, self.plan, self.force = torch.device(device), plan, force
@@ -128,7 +128,8 @@ class Run:
         self.suite = Path(results) / suite
         self.record_file = self.suite / f"{self.paper}.jsonl"
         self.folder = Path(runs) / self.paper / self.hash
-        self.code = report.code_hashes(self.script)
+        self.provenance = provenance or read_provenance(self.script)
+        self.code = dict(self.provenance["code"])
         self.sha256, self.asked, self.plan_phases = {}, [], {}
         self.started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.stop = False
@@ -159,10 +160,10 @@ class Run:
         The parts, not the ranks, own the randomness: any number of ranks that divides config.shards sees the same.
         """
         count = self.config.shards // self.ranks
-        parts = [function(part, self.stream(purpose, step * self.config.shards + self.rank * count + number,
-                                            images.device))
-                 for number, part in enumerate(images.tensor_split(count)) if len(part)]
-        return torch.cat(parts)
+        first = step * self.config.shards + self.rank * count
+        with torch.autocast(self.device.type, enabled=False):  # geometry in bfloat16 would be off by half a pixel
+            return torch.cat([function(part, self.stream(purpose, first + number, images.device))
+                              for number, part in enumerate(images.tensor_split(count)) if len(part)])
 
     def shuffled(self, split, batch_size, purpose):
         """batches(first_step): this rank's share of an endless stream of shuffled (images, labels) of the split.
@@ -195,7 +196,11 @@ class Run:
 
     def load(self, name, size=None, streamed=None):
         """An image set on the device; its SHA-256 goes into every record."""
+        if self.ranks > 1 and self.rank > 0:
+            dist.barrier()  # the first rank downloads and packs, the others read
         loaded = image_data.load(name, image_data.data_root(self.data_argument), self.device, size, streamed)
+        if self.ranks > 1 and self.rank == 0:
+            dist.barrier()
         self.sha256.update(loaded.sha256)
         return loaded
 
@@ -218,7 +223,7 @@ class Run:
         record = {
             "paper": self.paper, "row": row, "metric": metric, "value": None if value is None else round(value, 4),
             "seed": self.seed, "steps": steps, "selection": "last", "scale": self.scale,
-            "config": dataclasses.asdict(self.config), "config_hash": self.hash, "code": self.code, **git_state(),
+            "config": dataclasses.asdict(self.config), "config_hash": self.hash, **self.provenance, "code": self.code,
             "data": self.sha256, "torch": torch.__version__, "torchvision": torchvision.__version__,
             "device": device_name(self.device), "threads": threads, "ranks": self.ranks,
             "deterministic": self.config.deterministic, "seconds": round(seconds, 1),
@@ -267,8 +272,12 @@ class Run:
         if state:
             model.load_state_dict(state["model"])
             step, seconds = state["step"], state["seconds"]
-            # The record carries the oldest code that had a hand in the number: a stale mark cannot be lost by resuming
-            self.code = {**self.code, **state["code"]}
+            # A record carries the hash of any other code that had a hand in it, so no stale mark is lost by resuming
+            older = {name: code for name, code in state["code"].items() if code != self.provenance["code"].get(name)}
+            if older:
+                self.say(f"warning: {purpose} was trained by other code ({', '.join(older)}); its rows will be marked. "
+                         "--force trains it anew")
+            self.code |= older
             if step < steps:
                 optimizer.load_state_dict(state["optimizer"])
                 self.say(f"{purpose}: resumed at step {step}/{steps}")
@@ -310,6 +319,8 @@ class Run:
                 if self.ranks > 1:
                     average_gradients(parameters)
                 optimizer.step()
+                if self.plan:
+                    float(scalars["loss"])  # wait for the device
                 step += 1
                 for name, value in scalars.items():
                     sums[name] += value.detach()
@@ -336,15 +347,10 @@ class Run:
                     raise Interrupted
                 if step == steps or (self.plan and step == 1 + PLAN_STEPS):
                     break
-        except torch.OutOfMemoryError:
-            raise TrainingFailed(f"{purpose}: out of memory on {self.device}; lower the batch size or the width "
-                                 "with --set") from None
-        except RuntimeError as error:
-            if "can't allocate memory" in str(error) or "out of memory" in str(error).lower():
-                raise TrainingFailed(f"{purpose}: out of memory; lower the batch size or the width with --set") from None
-            raise
         finally:
             self.fitting = False
+        if self.stop:  # asked for during the last step
+            raise Interrupted
         seconds += time.perf_counter() - start
         if self.plan:
             timed = max(step - 1, 1)
@@ -381,7 +387,10 @@ class Run:
         aside = path.with_suffix(".pt.damaged")
         self.say(f"warning: checkpoint {path} is {reason}; set aside as {aside.name} and made anew")
         if self.rank == 0:
-            path.replace(aside)
+            try:
+                path.replace(aside)
+            except OSError:
+                raise InputError(f"checkpoint {path} is {reason} and cannot be moved away: delete it") from None
         return None
 
 
@@ -450,15 +459,17 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6
 
 
-def git_state():
-    """{"commit", "dirty"}: dirty looks at code only; both null outside git."""
+def read_provenance(script):
+    """{"code", "commit", "dirty"} as the process starts: hashes of the files that matter, the commit, and whether code
+    was changed since; commit and dirty are null outside git."""
     def git(*words):
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
+    code = report.code_hashes(Path(script))
     try:
-        return {"commit": git("rev-parse", "HEAD"),
+        return {"code": code, "commit": git("rev-parse", "HEAD"),
                 "dirty": bool(git("status", "--porcelain", "--", "papers", "replicate", "requirements.txt"))}
     except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "dirty": None}
+        return {"code": code, "commit": None, "dirty": None}
 
 
 # Command line
@@ -524,10 +535,17 @@ def launch(script, Config, rows, reproduce, arguments=None):
     except InputError as error:
         tell(f"error: {error}")
         return 2
-    except TrainingFailed as error:
-        tell(f"error: {error}")
-        for row in run.asked if not run.plan else ():
-            run.record(row, None, steps=0, seconds=0, status="failed", error=str(error))
+    except (TrainingFailed, torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+        if not memory and not isinstance(error, TrainingFailed):
+            raise
+        line = f"out of memory on {run.device}: lower batch_size or width with --set" if memory else str(error)
+        tell(f"error: {line}")
+        try:
+            for row in run.asked if not run.plan else ():
+                run.record(row, None, steps=0, seconds=0, status="failed", error=line)
+        except InputError as unwritten:
+            tell(f"error: {unwritten}")
         return 3
     except Interrupted:
         tell("interrupted: the state is saved; the same command goes on from here")
@@ -572,11 +590,14 @@ def _runs(script, Config, rows, options):
     suite = options.scale
     if config.dataset != own.dataset:
         suite += "-" + "".join(c if c.isalnum() else "-" for c in config.dataset.rstrip("/").split("/")[-1])
+        if config.dataset.startswith("folder:"):  # two folders may have the same last name
+            suite += f"-{derive(0, config.dataset) % 16 ** 6:06x}"
     if any(not override.startswith("dataset=") for override in overrides):
         suite += "-custom"  # an experiment never mixes with the declared protocol
     if options.data and options.data != "embedded":
         require(Path(options.data).is_dir(), f"no data folder {options.data}: give --data DIR or --data embedded")
     device = pick_device(options.device)
+    provenance = read_provenance(script)
     _prepare(config, device)
     for folder, flag in ((options.results, "--results"), (options.runs, "--runs")):
         if not options.plan:
@@ -584,7 +605,8 @@ def _runs(script, Config, rows, options):
     for seed in seeds[:1] if options.plan else seeds:
         run = Run(script, dataclasses.replace(config, seed=seed), options.scale, device, suite=suite,
                   results=options.results, runs=options.runs, data="" if options.data == "embedded" else options.data,
-                  rows=options.rows, scale_rows=block.get("rows", ["*"]), force=options.force, plan=options.plan)
+                  rows=options.rows, scale_rows=block.get("rows", ["*"]), force=options.force, plan=options.plan,
+                  provenance=provenance)
         todo = run.wanted(*rows)
         if not todo:
             have = [row for row in rows if run.has(row)]
@@ -594,6 +616,8 @@ def _runs(script, Config, rows, options):
         run.say(f"{run.paper}, scale {options.scale}, seed {seed}: {len(todo)} rows to do on {device_name(device)}, "
                 f"{run.ranks} rank(s), {torch.get_num_threads()} threads, run {run.hash}")
         if run.plan or run.rank > 0:
+            if run.ranks > 1:
+                dist.barrier()  # the first rank has its lock, and has removed what --force removes
             yield run
             continue
         try:
@@ -610,6 +634,8 @@ def _runs(script, Config, rows, options):
             if run.force:
                 for checkpoint in run.folder.glob("*.pt"):
                     checkpoint.unlink()
+            if run.ranks > 1:
+                dist.barrier()
             yield run
 
 
@@ -637,11 +663,11 @@ def _require_writable(folder, flag):
         raise InputError(f"cannot write to {folder} ({error.strerror}): give another folder with {flag} DIR") from None
 
 
-def pick_scale(papers, data=""):
+def pick_scale(papers, data="", device="auto", dataset=""):
     """(scale, reason): the largest honest one that this machine and these data allow."""
     require(data in ("", "embedded") or Path(data).is_dir(), f"no data folder {data}: give --data DIR or --data embedded")
-    if data == "embedded":
-        wanted = ["embedded"]
+    if data == "embedded" or dataset:
+        wanted = ["embedded" if data == "embedded" else dataset]
     else:
         settings = [yaml.safe_load((ROOT / "papers" / f"{paper}.yaml").read_text(encoding="utf-8")) for paper in papers]
         wanted = [_default_dataset(paper, blocks["small"] or {}) for paper, blocks in zip(papers, settings)]
@@ -653,9 +679,9 @@ def pick_scale(papers, data=""):
                          "numbers mean nothing; for real ones put the data there or give --data DIR")
     where = ", ".join(f"{name} ({'to be downloaded' if source == 'download' else 'on disk' if source else 'missing'})"
                       for name, source in sources.items())
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and device != "cpu":
         return "full", f"a CUDA GPU is visible; data: {where}"
-    return "small", f"no CUDA GPU is visible, so the reduced protocol; data: {where}"
+    return "small", f"no CUDA GPU in use, so the reduced protocol; data: {where}"
 
 
 def _default_dataset(paper, block):
@@ -668,12 +694,15 @@ def _default_dataset(paper, block):
 
 
 if __name__ == "__main__":  # for run_all.sh: the scale on stdout, the reason on stderr
-    arguments = sys.argv[1:]
-    given = arguments.pop(1) if arguments[:1] == ["--data"] and len(arguments) > 1 else ""
+    parser = _Parser(prog="python -m replicate.trainer", allow_abbrev=False)
+    for option in ("--data", "--device", "--dataset"):
+        parser.add_argument(option, default="")
+    parser.add_argument("papers", nargs="+")
     try:
-        chosen, why = pick_scale([argument for argument in arguments if argument != "--data"], given)
+        given = parser.parse_args()
+        chosen, why = pick_scale(given.papers, given.data, given.device, given.dataset)
     except InputError as error:
         tell(f"error: {error}")
         raise SystemExit(2)
-    print(f"scale {chosen}: {why}", file=sys.stderr, flush=True)
+    tell(f"scale {chosen}: {why}")
     print(chosen)

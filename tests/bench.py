@@ -76,7 +76,7 @@ def main(scale, steps):
         def prepare(step):
             batch = run.augment(rotation.random_crop(config), next(batches)[0], "bench", step)
             rotated, labels = rotation.rotate(batch, rotation.QUARTER_TURNS)
-            return rotation.normalize(rotated), labels
+            return rotation.normalize(rotated, config.mean, config.deviation), labels
 
         ready = prepare(0)
         prepared = timed(lambda step: train(*ready), device, steps)

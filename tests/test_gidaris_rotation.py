@@ -10,6 +10,10 @@ from papers import gidaris_rotation as rotation
 from replicate import evaluate, trainer
 
 
+def normalize(images):
+    return rotation.normalize(images, rotation.Config.mean, rotation.Config.deviation)
+
+
 def some_images(count=6, size=32, seed=0):
     return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
@@ -80,6 +84,8 @@ def test_eight_turns_show_no_corner_and_no_difference_in_sharpness():
     assert int(turned.min()) == 255
     noise = some_images(64, seed=3)
     turned, labels = rotation.rotate_eight_ways(noise)
+    with torch.autocast("cpu", torch.bfloat16):  # as in training
+        assert torch.equal(turned, rotation.rotate_eight_ways(noise)[0])
     sharpness = torch.stack([turned[labels == k].float().std() for k in range(8)])
     assert sharpness.max() / sharpness.min() < 1.10, sharpness
     # the turn itself: copies two eighths apart are exact quarter turns of each other, 45 degrees is counter-clockwise
@@ -134,10 +140,10 @@ def test_loss_of_an_untrained_network():
     torch.manual_seed(0)
     model = rotation.NetworkInNetwork(4, width=0.25)
     turned, labels = rotation.rotate_four_ways(some_images(32))
-    loss = float(rotation.rotation_loss(model(rotation.normalize(turned)), labels)["loss"])
+    loss = float(rotation.rotation_loss(model(normalize(turned)), labels)["loss"])
     assert 1.30 < loss < 1.6
     nn.init.zeros_(model.classifier[1].weight)
-    loss = float(rotation.rotation_loss(model(rotation.normalize(turned)), labels)["loss"])
+    loss = float(rotation.rotation_loss(model(normalize(turned)), labels)["loss"])
     assert loss == pytest.approx(math.log(4), abs=1e-6)
 
 
@@ -168,6 +174,13 @@ def test_random_sized_crops_stay_inside_and_keep_the_level():
     widths = (lambda c: (c[:, 0, 16, -1] - c[:, 0, 16, 0]).abs())(
         rotation.resized_crop_and_flip(ramp, torch.Generator().manual_seed(0), 32))
     assert widths.min() < 30 and widths.max() > 50 and float(widths.max()) <= 63
+
+
+def test_normalize_centres_each_channel():
+    images = torch.tensor([125.3, 123.0, 113.9]).view(1, 3, 1, 1).expand(2, 3, 4, 4)
+    assert float(normalize(images).abs().max()) < 1e-6
+    step = normalize(images + torch.tensor([63.0, 62.1, 66.7]).view(1, 3, 1, 1))
+    torch.testing.assert_close(step, torch.ones_like(step))
 
 
 def test_learning_rate_steps():
@@ -206,7 +219,7 @@ def train_rotation(images, steps, batch=64, seed=0, augment=True):
         if augment:
             batch_images = rotation.crop_and_flip(batch_images, generator)
         turned, labels = rotation.rotate_four_ways(batch_images)
-        result = rotation.rotation_loss(model(rotation.normalize(turned)), labels)
+        result = rotation.rotation_loss(model(normalize(turned)), labels)
         optimizer.zero_grad()
         result["loss"].backward()
         optimizer.step()
@@ -216,7 +229,7 @@ def train_rotation(images, steps, batch=64, seed=0, augment=True):
 def rotation_hits(model, images):
     turned, labels = rotation.rotate_four_ways(images)
     with torch.no_grad():
-        return 100 * float((model(rotation.normalize(turned)).argmax(1) == labels).float().mean())
+        return 100 * float((model(normalize(turned)).argmax(1) == labels).float().mean())
 
 
 def test_noise_teaches_nothing():
@@ -241,7 +254,7 @@ def test_averaging_over_the_four_copies_destroys_the_task():
     model = rotation.NetworkInNetwork(2, width=0.125).eval()
     turned, labels = rotation.rotate_four_ways(some_images(50))
     with torch.no_grad():
-        averaged = sum(model(rotation.normalize(torch.rot90(turned, k, (2, 3)))) for k in range(4))
+        averaged = sum(model(normalize(torch.rot90(turned, k, (2, 3)))) for k in range(4))
     same = averaged.unflatten(0, (4, 50))
     torch.testing.assert_close(same, same[:1].expand_as(same), atol=1e-4, rtol=1e-4)
 

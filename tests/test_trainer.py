@@ -400,7 +400,9 @@ def test_ranks_that_do_not_divide_the_shards_are_refused(tmp_path):
     (["--scale", "smoke", "--colour"], "unrecognized arguments: --colour"),
     (["--scale", "smoke", "--set", "dataset=nothing"], "unknown data set 'nothing'"),
     (["--scale", "smoke", "--set", "image_size=16", "--set", "crop_size=40"], "images of 'embedded' have 16 pixels"),
-    (["--scale", "smoke", "--set", "pretext_epochs=0", "--rows", "rotnet4/conv"], "a longer budget is needed"),
+    (["--scale", "smoke", "--set", "pretext_epochs=0.00001", "--rows", "rotnet4/conv"], "a longer budget is needed"),
+    (["--scale", "smoke", "--set", "conv_epochs=0"], "conv_epochs must be above 0"),
+    (["--scale", "smoke", "--set", "pretext_drops=[30, 60]"], "rising fractions"),
 ])
 def test_wrong_input_gets_one_line_and_leaves_nothing(tmp_path, capsys, folders, arguments, message):
     assert rotation.main([*arguments, *folders]) == 2
