@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One command for everything: see README.md, or ./run_all.sh --help.
-set -uo pipefail
+set -o pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 usage="usage: ./run_all.sh [smoke|small|full|paper] [paper ...] [--seeds 0,1,2] [--rows GLOB] [--data DIR|embedded]
                     [--device auto|cpu|cuda] [--set key=value ...] [--results DIR] [--runs DIR] [--force]
@@ -30,7 +30,7 @@ find_python() {
     for python in "${PYTHON:-python}" python3 "$here/.venv/bin/python"; do
         if usable "$python"; then return; fi
     done
-    for base in python3.11 python3.12 python3.13 python3; do
+    for base in python3.11 python3.12 python3.13 python3.14 python3; do
         if "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             echo "making .venv and installing requirements.txt (a minute or two)"
             "$base" -m venv "$here/.venv" && "$here/.venv/bin/python" -m pip install --quiet -r "$here/requirements.txt" \
@@ -54,18 +54,23 @@ esac
 
 plan=()
 if [ "${1:-}" = plan ]; then plan=(--plan); shift; fi
-scale=; papers=(); options=(); seeds=; data=(); dataset_given=
+scale=; papers=(); options=(); seeds=; data=(); choice=()
 while [ $# -gt 0 ]; do
     case "$1" in
+        -h|--help) echo "$usage"; exit 0 ;;
         smoke|small|full|paper) scale=$1 ;;
+        --scale) [ $# -gt 1 ] || fail "--scale needs a value"; scale=$2; shift ;;
+        --scale=*) scale=${1#*=} ;;
         --seeds) [ $# -gt 1 ] || fail "--seeds needs a value"; seeds=$2; shift ;;
         --seeds=*) seeds=${1#*=} ;;
         --data) [ $# -gt 1 ] || fail "--data needs a value"; data=(--data "$2"); shift ;;
         --data=*) data=(--data "${1#*=}") ;;
         --plan) plan=(--plan) ;;
         --force) options+=("$1") ;;
-        --*=*) options+=("$1") ;;
-        --rows|--device|--set|--results|--runs) [ $# -gt 1 ] || fail "$1 needs a value"; options+=("$1" "$2"); shift ;;
+        --*=*) name=${1%%=*}; value=${1#*=}; shift; set -- "" "$name" "$value" "$@" ;;
+        --rows|--device|--set|--results|--runs) [ $# -gt 1 ] || fail "$1 needs a value"; options+=("$1" "$2")
+            case "$1 $2" in "--device "*) choice+=("$1" "$2") ;; "--set dataset="*) choice+=(--dataset "${2#dataset=}") ;; esac
+            shift ;;
         -*) fail "unknown option '$1'; ./run_all.sh --help lists them" ;;
         *) [ -f "$here/papers/$1.py" ] || fail "unknown scale or paper '$1'; scales: smoke, small, full, paper; papers:$(
                for script in "$here"/papers/*.py; do printf ' %s' "$(basename "$script" .py)"; done)"
@@ -77,7 +82,7 @@ if [ ${#papers[@]} = 0 ]; then
     for script in "$here"/papers/*.py; do papers+=("$(basename "$script" .py)"); done
 fi
 if [ -z "$scale" ]; then
-    scale=$("$python" -m replicate.trainer "${data[@]}" "${papers[@]}") || exit $?
+    scale=$("$python" -m replicate.trainer "${data[@]}" "${choice[@]}" "${papers[@]}") || exit $?
 fi
 
 # Seed 0 of every paper first, then seed 1, ...: stopped at any time, it leaves whole tables behind.
@@ -85,11 +90,15 @@ if [ -z "$seeds" ]; then
     case "$scale" in smoke) seeds=0 ;; *) seeds=0,1,2 ;; esac
 fi
 [ ${#plan[@]} = 0 ] || seeds=${seeds%%,*}
-status=0; failed=()
+status=0; failed=(); child=
+trap : INT  # the child saves its state and ends with 130
+trap '[ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM
 for seed in ${seeds//,/ }; do
     for paper in "${papers[@]}"; do
-        "$python" -m "papers.$paper" --scale "$scale" --seeds "$seed" "${data[@]}" "${options[@]}" "${plan[@]}"
-        code=$?
+        "$python" -m "papers.$paper" --scale "$scale" --seeds "$seed" "${data[@]}" "${options[@]}" "${plan[@]}" &
+        child=$!
+        wait "$child"; code=$?
+        while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done  # a signal ended the first wait early
         if [ $code = 130 ]; then exit 130; fi
         if [ $code != 0 ]; then status=$code; failed+=("$paper (seed $seed)"); fi
     done

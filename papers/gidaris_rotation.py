@@ -142,7 +142,7 @@ CLAIMS = [
 ]
 
 CURVES = [
-    ("low_label", "CIFAR-10 test accuracy with few labels (Fig. 5b)", "labels a class", "accuracy, %", {
+    ("low_label", "Test accuracy with few labels (Fig. 5b)", "labels a class", "accuracy, %", {
         "RotNet + conv": [(20, "rotnet4/conv/labels20"), (100, "rotnet4/conv/labels100"), (400, "rotnet4/conv/labels400"),
                           (1000, "rotnet4/conv/labels1000"), (5000, "rotnet4/conv")],
         "supervised": [(20, "supervised/labels20"), (100, "supervised/labels100"), (400, "supervised/labels400"),

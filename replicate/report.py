@@ -243,7 +243,9 @@ def distinct(values) -> str:
 
 def render_paper(suite: str, literals: dict, rows: dict[str, dict], claims: list[dict], figures: list[str], stem: str) -> str:
     """The Markdown page of one paper in one suite."""
-    scale, embedded = suite.removesuffix("-embedded"), suite.endswith("-embedded")
+    scale, embedded = suite.split("-")[0], suite.endswith("-embedded")
+    datasets = distinct(record.get("config", {}).get("dataset") for ours in rows.values() for record in ours["pooled"])
+    where_from = " --data embedded" if embedded else f" --set dataset={datasets}" if suite != scale else ""
     table = []
     for row, (published, where, confirmed) in literals["PAPER"].items():
         ours = rows[row]
@@ -254,7 +256,7 @@ def render_paper(suite: str, literals: dict, rows: dict[str, dict], claims: list
             cell = f"{ours['mean']:.2f}{'†' if ours['changed'] else ''}{spread} ({len(ours['values'])})"
         compared = bool(ours["values"]) and published is not None
         notes = ["not comparable"] * (compared and suite not in COMPARABLE_SUITES) + ours["notes"]
-        command = f"{literals['command']} --scale {scale} --rows '{glob.escape(row)}'" + " --data embedded" * embedded
+        command = f"{literals['command']} --scale {scale} --rows '{glob.escape(row)}'{where_from}"
         table.append([row, paper + (f" ({where})" if where else ""), cell,
                       f"{round(ours['mean'] - published, 2) + 0.0:+.2f}" if compared else "", "; ".join(notes),
                       "" if ours["seconds"] is None else f"{ours['seconds']:.0f}", f"`{command}`"])
@@ -322,7 +324,7 @@ def draw_curve(curve: tuple, rows: dict[str, dict], published: dict[str, tuple])
                                            for x, row in points if rows[row]["values"]]))
         known = [(x, published[row]) for x, row in points if published[row][0] is not None]
         doubt = "" if all(confirmed for _, (_, _, confirmed) in known) else ", some values not confirmed"
-        lines.append((f"{name}, paper{doubt}", color, True, [(x, value, 0.0) for x, (value, _, _) in known]))
+        lines.append((f"{name}, published{doubt}", color, True, [(x, value, 0.0) for x, (value, _, _) in known]))
     lines = [line for line in lines if line[3]]
     ticks = round_ticks(min(value - sd for *_, points in lines for _, value, sd in points),
                         max(value + sd for *_, points in lines for _, value, sd in points))
@@ -363,6 +365,11 @@ def round_numbers(value):
     if isinstance(value, list):
         return [round_numbers(item) for item in value]
     return round(value, 4) + 0.0 if isinstance(value, float) else value
+
+
+def is_published(suite: str) -> bool:
+    """Whether a suite belongs into the index and under the check: trials (smoke) and experiments (-custom) do not."""
+    return not suite.startswith("smoke") and not suite.endswith("-custom")
 
 
 def suite_folders(results: Path) -> list[Path]:
@@ -419,7 +426,7 @@ def render(results: Path, papers: Path) -> dict[Path, str]:
     for folder in suite_folders(results):
         suite_files, summary = render_suite(folder, papers)
         files.update(suite_files)
-        if not folder.name.startswith("smoke"):
+        if is_published(folder.name):
             table = []
             for stem, parts in summary.items():
                 verdicts = [claim["verdict"] for claim in parts["claims"]]
@@ -458,13 +465,13 @@ def write_tables(results: Path, papers: Path) -> list[str]:
 
 
 def check_tables(results: Path, papers: Path) -> list[str]:
-    """Where the files in `results` do not follow from its records, one line each; the smoke suites are not looked at."""
+    """Where the files in `results` do not follow from its records, one line each; smoke and custom suites are not looked at."""
     files, differences = render(results, papers), []
     extra = [path for folder in suite_folders(results) for path in sorted(folder.iterdir())
              if path.suffix in (".md", ".svg") and path not in files]
     for path in [*files, *extra]:
         name = path.relative_to(results)
-        if name.parts[0].startswith("smoke"):
+        if not is_published(name.parts[0]) and len(name.parts) > 1:
             continue
         if path not in files:
             differences.append(f"{results.name}/{name}: follows from no record; delete it")

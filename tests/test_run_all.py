@@ -47,7 +47,7 @@ def test_without_a_scale_it_picks_one_and_says_so(clone, tmp_path):
     (tmp_path / "data" / "packed").mkdir(parents=True)
     (tmp_path / "data" / "packed" / "cifar10.npz").write_bytes(b"")  # there, as far as choosing goes
     result = run_all("plan", *QUICK, folder=clone, REPLICATE_DATA=str(tmp_path / "data"), CUDA_VISIBLE_DEVICES="")
-    assert "scale small: no CUDA GPU is visible" in result.stderr and "cifar10 (on disk)" in result.stderr
+    assert "scale small: no CUDA GPU in use" in result.stderr and "cifar10 (on disk)" in result.stderr
     result = run_all("--data", "embedded", "--plan", *QUICK, folder=clone, CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0 and "scale small" in result.stderr and "minutes a seed" in result.stdout
 
@@ -83,3 +83,23 @@ def test_a_script_that_is_added_is_found(clone):
     finally:
         (clone / "papers" / "seventh.py").unlink()
         (clone / "papers" / "seventh.yaml").unlink()
+
+
+def test_options_with_equal_signs_and_the_device_reach_the_choice(clone, tmp_path):
+    (tmp_path / "data" / "packed").mkdir(parents=True)
+    (tmp_path / "data" / "packed" / "cifar10.npz").write_bytes(b"")
+    result = run_all(f"--data={tmp_path / 'data'}", "--device=cpu", "--rows=nothing", folder=clone)
+    assert "scale small" in result.stderr and "no row matches 'nothing'" in result.stderr and result.returncode == 2
+    result = run_all("--set=dataset=embedded", "--rows=nothing", folder=clone)
+    assert "embedded (on disk)" in result.stderr
+
+
+def test_a_terminated_run_all_takes_its_child_along(clone):
+    process = subprocess.Popen([str(clone / "run_all.sh"), "smoke", "--set", "conv_epochs=500", "--rows", "random/conv"],
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"})
+    line = process.stdout.readline()  # "gidaris_rotation, scale smoke, seed 0: ..."
+    assert "seed 0" in line
+    process.terminate()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted: the state is saved" in error
