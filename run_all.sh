@@ -44,6 +44,7 @@ find_python() {
 
 case "${1:-}" in -h|--help|help) echo "$usage"; exit 0 ;; esac
 find_python
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}  # threads that spin while they wait are ten times slower beside other work
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 
 case "${1:-}" in

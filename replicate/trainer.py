@@ -52,7 +52,7 @@ class Interrupted(BaseException):
 
 # Random streams
 def derive(seed, purpose, step=0):
-    """A 63-bit number that depends on all three arguments and nothing else."""
+    """A 63-bit number that depends on all three arguments and nothing else (a CPU generator keeps 32 bits of it)."""
     return int.from_bytes(hashlib.sha256(f"{seed}|{purpose}|{step}".encode()).digest()[:8], "big") >> 1
 
 
@@ -87,19 +87,23 @@ def _convert(name, value, kind):
 def resolve_config(Config, settings, scale, seed=0, overrides=()):
     """Defaults, then the scale's block of the YAML file, then key=value overrides.  Returns a Config.
 
+    With dataset=embedded the block <scale>-embedded, if there is one, goes over the scale's: the drawn set is smaller.
     Raises InputError for an unknown scale or key, and for a value of the wrong type or out of range.
     """
     with open(settings, encoding="utf-8") as file:
         blocks = yaml.safe_load(file)
-    require(scale in blocks, f"unknown scale '{scale}'; known: {', '.join(blocks)}")
-    values = {key: value for key, value in (blocks[scale] or {}).items() if key not in ("rows", "seeds")}
+    require(scale in SCALES and scale in blocks, f"unknown scale '{scale}'; known: {', '.join(SCALES)}")
+    given = {}
     for override in overrides:
         key, equals, value = override.partition("=")
         require(equals, f"--set takes key=value, not '{override}'")
         try:
-            values[key] = yaml.safe_load(value)
+            given[key] = yaml.safe_load(value)
         except yaml.YAMLError:
-            values[key] = value
+            given[key] = value
+    drawn = blocks.get(f"{scale}-embedded") if given.get("dataset") == "embedded" else None
+    values = {key: value for key, value in {**(blocks[scale] or {}), **(drawn or {}), **given}.items()
+              if key in given or key not in ("rows", "seeds")}
     kinds = typing.get_type_hints(Config)
     for key in values:
         require(key in kinds and key != "seed", f"unknown setting '{key}'; known: {', '.join(kinds)}")

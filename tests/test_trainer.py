@@ -119,6 +119,16 @@ def test_numbers_are_read_as_their_field_wants_them():
     assert type(config.pretext_epochs) is float
 
 
+def test_the_drawn_set_has_a_budget_of_its_own():
+    plain, drawn = (trainer.resolve_config(rotation.Config, SETTINGS, "small", 0, overrides)
+                    for overrides in ([], ["dataset=embedded"]))
+    assert drawn.pretext_epochs > plain.pretext_epochs and drawn.width == plain.width
+    assert trainer.resolve_config(rotation.Config, SETTINGS, "small", 0, ["pretext_epochs=7", "dataset=embedded"]
+                                  ).pretext_epochs == 7
+    with pytest.raises(InputError, match="unknown scale 'small-embedded'"):
+        trainer.resolve_config(rotation.Config, SETTINGS, "small-embedded")
+
+
 def test_hash_changes_with_every_setting_and_the_seed():
     config = trainer.resolve_config(rotation.Config, SETTINGS, "small")
     seen = {trainer.config_hash("p", config), trainer.config_hash("q", config)}
