@@ -74,13 +74,13 @@ while [ $# -gt 0 ]; do
             shift ;;
         -*) fail "unknown option '$1'; ./run_all.sh --help lists them" ;;
         *) [ -f "$here/papers/$1.py" ] || fail "unknown scale or paper '$1'; scales: smoke, small, full, paper; papers:$(
-               for script in "$here"/papers/*.py; do printf ' %s' "$(basename "$script" .py)"; done)"
+               for script in "$here"/papers/*.yaml; do printf ' %s' "$(basename "$script" .yaml)"; done)"
            papers+=("$1") ;;
     esac
     shift
 done
 if [ ${#papers[@]} = 0 ]; then
-    for script in "$here"/papers/*.py; do papers+=("$(basename "$script" .py)"); done
+    for script in "$here"/papers/*.yaml; do papers+=("$(basename "$script" .yaml)"); done
 fi
 if [ -z "$scale" ]; then
     scale=$("$python" -m replicate.trainer "${data[@]}" "${choice[@]}" "${papers[@]}") || exit $?
@@ -91,16 +91,18 @@ if [ -z "$seeds" ]; then
     case "$scale" in smoke) seeds=0 ;; *) seeds=0,1,2 ;; esac
 fi
 [ ${#plan[@]} = 0 ] || seeds=${seeds%%,*}
-status=0; failed=(); child=
+status=0; failed=(); refused=; child=
 trap : INT  # the child saves its state and ends with 130
 trap '[ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM
 for seed in ${seeds//,/ }; do
     for paper in "${papers[@]}"; do
+        case " $refused " in *" $paper "*) continue ;; esac
         "$python" -m "papers.$paper" --scale "$scale" --seeds "$seed" "${data[@]}" "${options[@]}" "${plan[@]}" &
         child=$!
         wait "$child"; code=$?
         while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done  # a signal ended the first wait early
         if [ $code = 130 ]; then exit 130; fi
+        if [ $code = 2 ]; then refused="$refused $paper"; fi  # wrong input is wrong for every seed
         if [ $code != 0 ]; then status=$code; failed+=("$paper (seed $seed)"); fi
     done
 done

@@ -69,10 +69,6 @@ def test_help_lists_the_commands():
         assert word in result.stdout
 
 
-def test_committed_tables_follow_from_the_committed_records():
-    assert run_all("tables", "--check").returncode == 0
-
-
 def test_a_script_that_is_added_is_found(clone):
     (clone / "papers" / "seventh.py").write_text("raise SystemExit(3)\n")
     (clone / "papers" / "seventh.yaml").write_text("smoke:\n")
