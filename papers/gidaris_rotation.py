@@ -12,20 +12,21 @@ Deviations
  1. The paper trains 100 epochs, the released code 200 with Nesterov momentum; both lower the rate at 30, 60 and 80 % of the
     run.  We take 100 epochs with Nesterov momentum.
  2. Eight rotations: the paper does not say how it fills the corners of a picture turned by 45 degrees.  We keep the central
-    square that no corner reaches, of every copy, and shift the copies at multiples of 90 degrees by the fifth of a pixel
-    that costs as much sharpness as the turn by 45 does; otherwise corners or blur would give the class away.
+    square that no corner reaches, of every copy (22 pixels of 32; the probes see all 32), and shift the copies at multiples of
+    90 degrees by the fifth of a pixel that costs as much sharpness as the turn by 45 does; otherwise corners or blur would
+    give the class away.
  3. Fine-tuning: the paper gives no schedule.  We use that of the convolutional probe, from a fifth of its rate.
  4. Plain linear and nearest-neighbour probes are not in the paper: logistic regression and weighted 20-NN on maps averaged
     to at most probe_cells x probe_cells.  The value shown beside ours is from a later paper with the same network.
  5. All probes on one frozen network are trained side by side, each by its own loss, on the same batches.
- 6. Heads without biases before batch-norm, which would cancel them.
+ 6. Linear layers before a batch-norm have no bias, which it would subtract.
  7. Scale paper: ImageNet is decoded to a square of 256 pixels first, and random-sized crops are cut from that; 50 epochs with
     the rate lowered at 15, 30 and 45, as released, where the paper trains 30 with steps at 10 and 20.
  8. Convolutions and matrix products run in bfloat16 (--set precision=float32 for the original's); all else in float32.
  9. Left out: transfer to Places (Table 6) and PASCAL VOC (Table 7), and accuracy over pretext epochs (Fig. 5a).
 10. Scale small: narrower network and less training (see the YAML); values are not comparable, claims are.
 
-    python -m papers.gidaris_rotation --scale small        # CIFAR-10, minutes a seed on two CPU cores
+    python -m papers.gidaris_rotation --scale small        # CIFAR-10, a quarter of an hour a seed on two CPU cores
     python -m papers.gidaris_rotation --scale full         # CIFAR-10, the paper's protocol, one data-centre GPU
     torchrun --nproc_per_node=8 -m papers.gidaris_rotation --scale paper        # ImageNet, AlexNet
 """
@@ -43,7 +44,8 @@ from torchvision.utils import save_image
 from replicate import evaluate as frozen
 from replicate import trainer
 
-# row -> (the paper's test accuracy in percent, where, False if only remembered)
+# row -> (the paper's test accuracy in percent, where, False if only remembered).  A row is named network/block/head:
+# conv and nonlinear are the paper's heads, linear is logistic regression, knn 20 neighbours, labels20 means 20 labels a class.
 PAPER = {
     "supervised": (92.80, "Table 3", True),
     "random/conv": (72.50, "Table 3", True),
@@ -114,6 +116,7 @@ PAPER = {
     "alexnet-random/conv5/linear": (14.1, "Table 5", True),
 }
 
+# (id, row, sign, other row, margin in points, statement, where): for ">" row > other row + margin
 CLAIMS = [
     ("beats-random", "rotnet4/conv", ">", "random/conv", 5.0, "Rotation features beat random ones, conv probe", "Table 3"),
     ("middle-beats-first", "rotnet4/block2/nonlinear", ">", "rotnet4/block1/nonlinear", 0.0, "Block 2 beats block 1", "Table 1"),
@@ -141,6 +144,7 @@ CLAIMS = [
      "RotNet + conv comes within 5 points of supervised training (a claim about full training)", "Table 3"),
 ]
 
+# (file suffix, title, x axis, y axis, {line: [(x, row)]})
 CURVES = [
     ("low_label", "Test accuracy with few labels (Fig. 5b)", "labels a class", "accuracy, %", {
         "RotNet + conv": [(20, "rotnet4/conv/labels20"), (100, "rotnet4/conv/labels100"), (400, "rotnet4/conv/labels400"),
@@ -150,7 +154,7 @@ CURVES = [
 ]
 
 QUARTER_TURNS = (0, 90, 180, 270)
-TRUNKS = {  # name -> (blocks, degrees of the pretext task; none for the control)
+TRUNKS = {  # networks that get probed: name -> (blocks, degrees of the pretext task; none for the untrained control)
     "rotnet4": (4, QUARTER_TURNS), "random": (4, ()), "rotations0-180": (4, (0, 180)), "rotations90-270": (4, (90, 270)),
     "rotnet3": (3, QUARTER_TURNS), "rotnet5": (5, QUARTER_TURNS), "rotations8": (4, tuple(range(0, 360, 45))),
     "alexnet": (5, QUARTER_TURNS), "alexnet-random": (5, ()),
@@ -160,13 +164,14 @@ LABELS = (20, 100, 400, 1000)  # a class; 5000 is all of CIFAR-10
 
 @dataclass
 class Config:
+    """Settings of a run.  `drops` are the fractions of a training at which its rate is multiplied by `factor`."""
     seed: int
     dataset: str = "cifar10"            # Sec. 3.1
     image_size: int = 32                # files of folders are decoded to this side
     crop_size: int = 32                 # what the network sees
     crop_padding: int = 4               # official code
     streamed: bool = False              # decode files on the fly rather than keep them on the device
-    width: float = 1.0                  # channels, as a fraction of the paper's; ours: reduced budget
+    width: float = 1.0                  # channels, as a fraction of the paper's; below 1: ours, reduced budget
     batch_size: int = 128               # Sec. 3.1: images, each in all its rotations
     pretext_epochs: float = 100.0       # Sec. 3.1
     pretext_rate: float = 0.1           # Sec. 3.1
@@ -184,8 +189,8 @@ class Config:
     finetune_rate: float = 0.02         # ours: a fifth of head_rate
     linear_epochs: float = 35.0         # official code, ImageNet only
     linear_drops: tuple[float, ...] = (1 / 7, 3 / 7, 5 / 7)  # official code, ImageNet only
-    mean: tuple[float, ...] = (125.3, 123.0, 113.9)         # official code
-    deviation: tuple[float, ...] = (63.0, 62.1, 66.7)       # official code
+    mean: tuple[float, ...] = (125.3, 123.0, 113.9)         # official code; of the channels, on 0..255
+    deviation: tuple[float, ...] = (63.0, 62.1, 66.7)       # official code; standard deviation
     momentum: float = 0.9               # Sec. 3.1
     weight_decay: float = 5e-4          # Sec. 3.1
     probe_cells: int = 8                # ours: linear and k-NN probes see maps of at most 8 x 8
@@ -235,12 +240,16 @@ def rotate_four_ways(images):
 
 
 def rotate_eight_ways(images):
-    """(N,C,S,S) uint8 -> (images (8N,C,s,s), eighth_turns (8N,)), s = S / sqrt(2) rounded down to even (deviation 2)."""
+    """(N,C,S,S) uint8 -> (images (8N,C,s,s), eighth_turns (8N,)), s = S / sqrt(2) rounded down to even (deviation 2).
+
+    Blending two neighbours with weights 1 - t and t scales the variance of white noise by t^2 + (1 - t)^2.  A bilinear turn
+    by 45 degrees has t spread evenly over 0..1, on average 2/3; the constant `shift` gives 2/3 too: equally blurred.
+    """
     side = int(images.shape[-1] / math.sqrt(2)) // 2 * 2
     values = images.float()
     with torch.autocast(images.device.type, enabled=False):  # geometry in full precision
         slanted = image_functional.rotate(values, 45, InterpolationMode.BILINEAR)
-    shift = (1 - 3 ** -0.5) / 2  # bilinear weights t, 1 - t have the mean square of a random t's, 2/3, at this one
+    shift = (1 - 3 ** -0.5) / 2
     blurred = torch.lerp(values, values.roll(-1, 3), shift)
     blurred = torch.lerp(blurred, blurred.roll(-1, 2), shift)
     pair = [image_functional.center_crop(copies, [side, side]).round().to(images.dtype) for copies in (blurred, slanted)]
@@ -250,7 +259,10 @@ def rotate_eight_ways(images):
 
 
 def rotate(images, degrees):
-    """The pretext task with any of the paper's four sets of rotations -> (images (len(degrees)*N,...), labels)."""
+    """The pretext task with any of the paper's four sets of rotations -> (images (len(degrees)*N,...), labels).
+
+    A label is the position in `degrees`.  For QUARTER_TURNS this is rotate_four_ways; the eight-way images are smaller.
+    """
     if len(degrees) == 8:
         return rotate_eight_ways(images)
     turned = torch.cat([torch.rot90(images, angle // 90, (2, 3)) for angle in degrees])
@@ -268,7 +280,7 @@ def crop_and_flip(images, generator, size=32, pad=4):
     columns = offsets[1, :, None] + torch.where(flip, size - 1 - positions, positions)
     padded = F.pad(images, (pad, pad, pad, pad))
     samples = torch.arange(count, device=device)[:, None, None]
-    return padded[samples, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # stored channels last
+    return padded[samples, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # from (N, size, size, C)
 
 
 def resized_crop_and_flip(images, generator, size=224):
@@ -299,6 +311,8 @@ def convolution(inputs, outputs, kernel, stride=1, padding=None):
 
 
 class GlobalAverage(nn.Module):
+    """(N,C,h,w) -> (N,C)."""
+
     def forward(self, maps):
         return maps.mean((2, 3))  # not adaptive pooling, whose backward is not deterministic on a GPU
 
@@ -328,7 +342,11 @@ class Encoder(nn.Module):
 
 
 def nin_block(inputs, number, width):
-    """Block `number` of the network in network, and its output channels: k x k, 1 x 1, 1 x 1 convolution, pooling."""
+    """Block `number` of the network in network, and its output channels: k x k, 1 x 1, 1 x 1 convolution, pooling.
+
+    k is 5 in blocks 1 and 2, then 3; block 1 ends in max-pooling, block 2 in average pooling, the others in none (official
+    code).  Channels are multiples of 8 at reduced width.
+    """
     channels = [max(8, 8 * round(c * width / 8)) if width != 1 else c for c in ((192, 160, 96) if number == 1 else (192,) * 3)]
     pooling = {1: [nn.MaxPool2d(3, 2, 1)], 2: [nn.AvgPool2d(3, 2, 1)]}.get(number, [])
     return nn.Sequential(convolution(inputs, channels[0], 5 if number <= 2 else 3), convolution(channels[0], channels[1], 1),
@@ -351,7 +369,11 @@ class NetworkInNetwork(Encoder):
 
 
 class AlexNet(Encoder):
-    """The ImageNet network (Sec. 3.2): no groups, no local normalisation, batch-norm everywhere, no dropout."""
+    """The ImageNet network (Sec. 3.2): no groups, no local normalisation, batch-norm everywhere, no dropout.
+
+    Maps for 224 pixels: 64x55x55, 192x27x27, 384x13x13, 256x13x13, 256x13x13; pooling opens the next block, and the
+    classifier sees 256x6x6.
+    """
 
     def __init__(self, classes=4, width=1.0):
         c64, c192, c384, c256, c4096 = (max(8, round(c * width)) for c in (64, 192, 384, 256, 4096))
@@ -363,6 +385,7 @@ class AlexNet(Encoder):
 
 
 def dense(inputs, outputs):
+    """Fully connected layer without bias, batch-norm, ReLU; weights of variance 2 / outputs (official code)."""
     layer = nn.Linear(inputs, outputs, bias=False)
     nn.init.normal_(layer.weight, std=math.sqrt(2 / outputs))
     return layer, nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)
@@ -370,7 +393,7 @@ def dense(inputs, outputs):
 
 # Heads, on a feature map of shape (N,C,h,w)
 def linear(inputs, outputs):
-    """The last layer of every head: weights N(0, 2 / outputs), biases 0 (official code)."""
+    """The last layer of the probes' heads: weights of variance 2 / outputs, biases 0 (official code)."""
     layer = nn.Linear(inputs, outputs)
     nn.init.normal_(layer.weight, std=math.sqrt(2 / outputs))
     nn.init.zeros_(layer.bias)
@@ -413,16 +436,19 @@ def stepped(rate, drops, factor):
 
 
 def optimizer_of(config, parameters):
+    """SGD with Nesterov momentum (official code); the rate given here is replaced at every step of run.fit."""
     return torch.optim.SGD(parameters, lr=config.head_rate, momentum=config.momentum, weight_decay=config.weight_decay,
                            nesterov=config.momentum > 0)
 
 
-# Pre-training
+# Pre-training.  Of `run` (replicate/trainer.py): fit loops over "set the rate, take objective(batch, step), step the
+# optimiser"; shuffled gives endless shuffled batches; augment calls a function with generators fixed by seed, purpose and step;
+# wanted says which rows are still to do; record writes a result; measure times an evaluation.
 def build(run, name):
     """The untrained network of a trunk: the same weights for every user of the seed."""
     blocks, degrees = TRUNKS[name]
     run.seed_global("init")
-    classes = max(len(degrees), 1)
+    classes = max(len(degrees), 1)  # the control's classifier is never used
     model = (AlexNet(classes, run.config.width) if name.startswith("alexnet")
              else NetworkInNetwork(blocks, classes, run.config.width))
     return model.to(run.device, memory_format=torch.channels_last)
@@ -439,6 +465,7 @@ def random_sized_crop(config):
 
 
 def pretext_steps(config, data):
+    """Number of updates; a broken epoch at the end is cut."""
     return int(config.pretext_epochs * len(data.train) / config.batch_size)
 
 
@@ -484,7 +511,11 @@ def rotation_accuracy(run, model, degrees, test):
 
 
 def frozen_probes(run, encoder, wanted, train, test):
-    """{(block, kind): percent} for the wanted pairs, kind "linear" or "knn", on maps averaged to probe_cells a side."""
+    """{(block, kind): percent} for the wanted pairs, kind "linear" or "knn", on maps averaged to probe_cells a side.
+
+    linear: logistic regression on standardised features, penalty chosen on a tenth of train.  knn: 20 neighbours by cosine
+    similarity s, votes weighted by exp(s / 0.07).  Images as they are, no augmentation.
+    """
     blocks = sorted({block for block, _ in wanted})
 
     def encode(images):
@@ -557,7 +588,8 @@ def evaluate(run, data):
         return trunks[name]
 
     def probe(purpose, name, rows, make_head, labels=None, **budget):
-        """rows: {row: block}.  All rows of a call are trained, side by side, whichever of them are wanted.
+        """rows: {row: block}.  All rows of a call are trained, side by side, whichever of them are wanted: so --rows
+        changes no number.  make_head(shape of the block's map, block) -> module.
 
         labels: train on the first so many images of each class (official code), None for all.
         """
@@ -596,7 +628,7 @@ def evaluate(run, data):
     on_everything = dict(epochs=config.supervised_epochs, drops=config.supervised_drops, rate=config.head_rate, finetune=True)
     on_finetuning = dict(epochs=config.finetune_epochs, drops=config.conv_drops, rate=config.finetune_rate, finetune=True)
 
-    # Table 3
+    # Table 3.  The supervised network is the untrained trunk's blocks 1 and 2 and a conv head, all trained.
     probe("random/conv", "random", {"random/conv": 2}, conv, **on_conv)
     probe("rotnet4/conv", "rotnet4", {"rotnet4/conv": 2}, conv, **on_conv)
     probe("supervised", "random", {"supervised": 2}, conv, **on_everything)
@@ -637,9 +669,10 @@ def evaluate(run, data):
 
 
 def figures(run, encoder, data):
-    """First-layer filters, and where each block is active (mean absolute activation) on the first test images (Fig. 2)."""
+    """First-layer filters, and where each block is active (mean absolute activation) on the first test images: like the
+    paper's figures of filters and attention maps, for the CIFAR-10 network."""
     encoder.eval()
-    filters = encoder.blocks[0][0][0].weight.detach().float().contiguous()  # (96, 3, 5, 5)
+    filters = encoder.blocks[0][0][0].weight.detach().float().contiguous()  # (192 width, 3, 5, 5)
     save_image(F.interpolate(filters, scale_factor=8), run.suite / f"{run.paper}_filters.png", nrow=16, normalize=True,
                scale_each=True)
     images = next(data.test.batches([torch.arange(min(12, len(data.test)))]))[0]
