@@ -2,12 +2,12 @@
 # One command for everything: see README.md, or ./run_all.sh --help.
 set -o pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-usage="usage: ./run_all.sh [smoke|small|full|paper] [paper ...] [--seeds 0,1,2] [--rows GLOB] [--data DIR|embedded]
+usage="usage: ./run_all.sh [smoke|small|full|paper] [SCRIPT ...] [--seeds 0,1,2] [--rows GLOB] [--data DIR|embedded]
                     [--device auto|cpu|cuda] [--set key=value ...] [--results DIR] [--runs DIR] [--force]
-       ./run_all.sh plan [SCALE] [paper ...] [options]     minutes and memory per row, nothing else
+       ./run_all.sh plan [SCALE] [SCRIPT ...] [options]     minutes and memory per row, nothing else
        ./run_all.sh tables [--check] [--results DIR]       render the tables from the records, or compare
        ./run_all.sh test [pytest options]                  the test suite
-       ./run_all.sh bench                                  speed against the usual ways
+       ./run_all.sh bench [SCALE]                          speed against the usual ways
 Without a scale it takes the largest honest one that machine and data allow, and says which."
 
 fail() { echo "error: $*" >&2; exit 2; }
@@ -18,6 +18,7 @@ import re, sys
 from importlib import metadata
 if sys.version_info < (3, 11): sys.exit(1)
 for line in open(sys.argv[1]):
+    if not line.strip() or line.startswith("#"): continue
     name, relation, wanted = re.match(r"([\w-]+)\s*(==|>=)\s*([\d.]+)", line).groups()
     try: have = metadata.version(name).split("+")[0]
     except metadata.PackageNotFoundError: sys.exit(1)
@@ -44,7 +45,7 @@ find_python() {
 
 case "${1:-}" in -h|--help|help) echo "$usage"; exit 0 ;; esac
 find_python
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}  # threads that spin while they wait are ten times slower beside other work
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}  # threads that spin while they wait slow down everything beside them
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 
 case "${1:-}" in
@@ -73,7 +74,7 @@ while [ $# -gt 0 ]; do
             case "$1 $2" in "--device "*) choice+=("$1" "$2") ;; "--set dataset="*) choice+=(--dataset "${2#dataset=}") ;; esac
             shift ;;
         -*) fail "unknown option '$1'; ./run_all.sh --help lists them" ;;
-        *) [ -f "$here/papers/$1.py" ] || fail "unknown scale or paper '$1'; scales: smoke, small, full, paper; papers:$(
+        *) [ -f "$here/papers/$1.yaml" ] || fail "unknown scale or paper '$1'; scales: smoke, small, full, paper; papers:$(
                for script in "$here"/papers/*.yaml; do printf ' %s' "$(basename "$script" .yaml)"; done)"
            papers+=("$1") ;;
     esac
@@ -91,9 +92,9 @@ if [ -z "$seeds" ]; then
     case "$scale" in smoke) seeds=0 ;; *) seeds=0,1,2 ;; esac
 fi
 [ ${#plan[@]} = 0 ] || seeds=${seeds%%,*}
-status=0; failed=(); refused=; child=
-trap : INT  # the child saves its state and ends with 130
-trap '[ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM
+status=0; failed=(); refused=; stopped=; child=
+trap stopped=1 INT  # the child saves its state and ends with 130
+trap 'stopped=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM
 for seed in ${seeds//,/ }; do
     for paper in "${papers[@]}"; do
         case " $refused " in *" $paper "*) continue ;; esac
@@ -101,7 +102,7 @@ for seed in ${seeds//,/ }; do
         child=$!
         wait "$child"; code=$?
         while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done  # a signal ended the first wait early
-        if [ $code = 130 ]; then exit 130; fi
+        if [ $code = 130 ] || [ -n "$stopped" ]; then exit 130; fi
         if [ $code = 2 ]; then refused="$refused $paper"; fi  # wrong input is wrong for every seed
         if [ $code != 0 ]; then status=$code; failed+=("$paper (seed $seed)"); fi
     done

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import statistics
 import sys
 from html import escape
@@ -188,10 +189,6 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def canonical(value) -> str:
-    return json.dumps(value, sort_keys=True)
-
-
 def summarize_row(records: list[dict], hashes: dict[str, str]) -> dict:
     """One row's records (in the order written) -> values per seed, mean, sd, seconds, changed files, failed seeds and notes.
 
@@ -199,15 +196,16 @@ def summarize_row(records: list[dict], hashes: dict[str, str]) -> dict:
     records that share the most recent one's are pooled. `hashes` are those of the code as it is now.
     """
     finished = [record for record in records if record["status"] == "ok"]
-    setup = [canonical({**record.get("config", {}), "seed": None}) for record in finished]
-    same = [record for record, text in zip(finished, setup) if text == setup[-1]]
+    setup = [{**record.get("config", {}), "seed": None} for record in finished]
+    same = [record for record, each in zip(finished, setup) if each == setup[-1]]
     by_seed = {record["seed"]: record for record in same}
     pooled = [by_seed[seed] for seed in sorted(by_seed)]
-    last = {record["seed"]: record for record in records}
+    current = [record for record in records if not finished or {**record.get("config", {}), "seed": None} == setup[-1]]
+    last = {record["seed"]: record for record in current}
     failed = {seed: str(record.get("error", "no reason given")).strip().split("\n")[0][:100]
               for seed, record in sorted(last.items()) if record["status"] == "failed"}
     changed = {name for record in pooled for name, digest in record.get("code", {}).items() if hashes.get(name) != digest
-               and (name != "embedded.py" or record.get("config", {}).get("dataset") == "embedded")}
+               and (name != "embedded.py" or any(source.startswith("embedded") for source in record.get("data", {})))}
     notes = []
     if changed:
         notes.append("changed since: " + ", ".join(sorted(changed)))
@@ -215,7 +213,7 @@ def summarize_row(records: list[dict], hashes: dict[str, str]) -> dict:
         notes.append(count(len(same) - len(pooled), "re-run"))
     if failed:
         notes.append(f"{len(failed)} failed ({'; '.join(sorted(set(failed.values())))})")
-    if len({canonical(record.get("data")) for record in pooled}) > 1:
+    if any(record.get("data") != pooled[0].get("data") for record in pooled):
         notes.append("data differ between seeds")
     if len(finished) > len(same):
         notes.append(f"configs differ: {count(len(finished) - len(same), 'record')} of another config left out")
@@ -245,7 +243,7 @@ def render_paper(suite: str, literals: dict, rows: dict[str, dict], claims: list
     """The Markdown page of one paper in one suite."""
     scale, embedded = suite.split("-")[0], suite.endswith("-embedded")
     datasets = distinct(record.get("config", {}).get("dataset") for ours in rows.values() for record in ours["pooled"])
-    where_from = " --data embedded" if embedded else f" --set dataset={datasets}" if suite != scale else ""
+    where_from = " --data embedded" if embedded else f" --set {shlex.quote(f'dataset={datasets}')}" if suite != scale else ""
     table = []
     for row, (published, where, confirmed) in literals["PAPER"].items():
         ours = rows[row]
@@ -259,11 +257,12 @@ def render_paper(suite: str, literals: dict, rows: dict[str, dict], claims: list
         command = f"{literals['command']} --scale {scale} --rows '{glob.escape(row)}'{where_from}"
         table.append([row, paper + (f" ({where})" if where else ""), cell,
                       f"{round(ours['mean'] - published, 2) + 0.0:+.2f}" if compared else "", "; ".join(notes),
-                      "" if ours["seconds"] is None else f"{ours['seconds']:.0f}", f"`{command}`"])
+                      "" if ours["seconds"] is None else f"{ours['seconds']:.0f}",
+                      f"`{command}`" if ours["values"] or ours["failed"] else ""])
     pooled = [record for ours in rows.values() for record in ours["pooled"]]
     seeds = sorted({seed for ours in rows.values() for seed in (*ours["values"], *ours["failed"])})
-    hardware = (f"{record.get('device')} ({count(record.get('threads', 1), 'thread')}"
-                + (f", {record['ranks']} ranks" if record.get("ranks", 1) != 1 else "") + ")" for record in pooled)
+    hardware = (str(record.get("device")) + (f", {count(record['threads'], 'thread')}" if record.get("threads") else "")
+                + (f", {record['ranks']} ranks" if record.get("ranks", 1) != 1 else "") for record in pooled)
     lines = [f"# {literals['title']}", "", f"Suite `{suite}`: {SCALES.get(scale, 'a scale of its own')}"
              f"{', on the image sets drawn by the code itself' if embedded else ''}. Made from [{stem}.jsonl]({stem}.jsonl) by "
              "`./run_all.sh tables`; no number is typed by hand.", ""]
@@ -360,11 +359,7 @@ def draw_curve(curve: tuple, rows: dict[str, dict], published: dict[str, tuple])
 
 def round_numbers(value):
     """Floats to 4 digits, throughout dicts and lists."""
-    if isinstance(value, dict):
-        return {key: round_numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [round_numbers(item) for item in value]
-    return round(value, 4) + 0.0 if isinstance(value, float) else value
+    return json.loads(json.dumps(value), parse_float=lambda digits: round(float(digits), 4) + 0.0)
 
 
 def is_published(suite: str) -> bool:
@@ -410,7 +405,7 @@ def render_suite(folder: Path, papers: Path) -> tuple[dict[Path, str], dict[str,
         summary[stem] = round_numbers({"claims": claims, "rows": {
             row: {"paper": value, "where": where, "confirmed": confirmed, "mean": rows[row]["mean"], "sd": rows[row]["sd"],
                   "n": len(rows[row]["values"]), "stale": bool(rows[row]["changed"]),
-                  "values": {str(seed): result for seed, result in rows[row]["values"].items()}}
+                  "values": rows[row]["values"]}
             for row, (value, where, confirmed) in published.items()}})
     if summary:
         files[folder / "summary.json"] = json.dumps(summary, sort_keys=True, indent=1, allow_nan=False) + "\n"
@@ -454,7 +449,7 @@ def write_tables(results: Path, papers: Path) -> list[str]:
     for path, content in files.items():
         if path.exists() and path.read_bytes() == content.encode():
             continue
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
             temporary.write_bytes(content.encode())
             os.replace(temporary, path)
@@ -467,8 +462,8 @@ def write_tables(results: Path, papers: Path) -> list[str]:
 def check_tables(results: Path, papers: Path) -> list[str]:
     """Where the files in `results` do not follow from its records, one line each; smoke and custom suites are not looked at."""
     files, differences = render(results, papers), []
-    extra = [path for folder in suite_folders(results) for path in sorted(folder.iterdir())
-             if path.suffix in (".md", ".svg") and path not in files]
+    extra = [path for path in sorted(results.glob("*/*"))
+             if (path.suffix in (".md", ".svg") or path.name == "summary.json") and path not in files]
     for path in [*files, *extra]:
         name = path.relative_to(results)
         if not is_published(name.parts[0]) and len(name.parts) > 1:

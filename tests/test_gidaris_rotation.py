@@ -1,5 +1,6 @@
 """The invariants of the rotation paper, cheap ones first; the last tests train tiny networks on real steps."""
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from papers import gidaris_rotation as rotation
-from replicate import evaluate, trainer
+from replicate import evaluate, report, trainer
+from replicate.data import ImageSet, Resident
+
+SETTINGS = trainer.ROOT / "papers" / "gidaris_rotation.yaml"
 
 
 def normalize(images):
@@ -48,14 +52,30 @@ def test_images_that_are_not_square_are_refused():
         rotation.rotate_four_ways(torch.zeros(2, 3, 32, 30))
 
 
-def test_flip_and_turn_do_not_commute():
+def test_the_turn_comes_last(tmp_path, monkeypatch):
+    """hflip(rot90(x)) is rot270(hflip(x)): a flip after the turn would exchange 90 and 270 and cap accuracy at 75 %.
+
+    What reaches the network in real pre-training steps must be exact turns of one another, with both mirror images there.
+    """
     images = some_images()
-
-    def quarter(x):
-        return torch.rot90(x, 1, (2, 3))
-
-    assert torch.equal(quarter(images).flip(3), torch.rot90(images.flip(3), 3, (2, 3)))
-    assert not torch.equal(quarter(images.flip(3)), quarter(images).flip(3))
+    assert torch.equal(torch.rot90(images, 1, (2, 3)).flip(3), torch.rot90(images.flip(3), 3, (2, 3)))
+    seen = []
+    original = rotation.normalize
+    monkeypatch.setattr(rotation, "normalize", lambda x, *rest: seen.append(x.clone()) or original(x, *rest))
+    config = trainer.resolve_config(rotation.Config, SETTINGS, "smoke", 0, ["batch_size=16", "width=0.05", "pretext_epochs=1"])
+    run = trainer.Run(rotation.__file__, config, "smoke", "cpu", suite="smoke", results=tmp_path, runs=tmp_path)
+    bright_left = torch.zeros(48, 3, 32, 32, dtype=torch.uint8)
+    bright_left[..., :8] = 255
+    split = Resident(bright_left, torch.zeros(48, dtype=torch.int64))
+    rotation.pretrain(run, ImageSet("x", split, split, 10), "rotnet4")
+    assert len(seen) == 3
+    for batch in seen:
+        copies = batch.unflatten(0, (4, 16))
+        for turns in range(1, 4):
+            assert torch.equal(copies[turns], torch.rot90(copies[0], turns, (2, 3)))
+    first = torch.cat([batch[:16] for batch in seen]).float()
+    brighter_left = first[..., :16].sum((1, 2, 3)) > first[..., 16:].sum((1, 2, 3))
+    assert 10 < int(brighter_left.sum()) < 38  # some mirrored, some not
 
 
 @pytest.mark.parametrize("degrees", [(0, 90, 180, 270), (0, 180), (90, 270), tuple(range(0, 360, 45))])
@@ -71,7 +91,9 @@ def test_classes_are_balanced_so_a_constant_answer_is_chance(degrees):
 
 def test_subsets_hold_the_turns_they_name():
     images = some_images()
-    four, _ = rotation.rotate_four_ways(images)
+    four, turns = rotation.rotate_four_ways(images)
+    trained, labels = rotation.rotate(images, rotation.QUARTER_TURNS)  # what pre-training uses
+    assert torch.equal(trained, four) and torch.equal(labels, turns)
     assert torch.equal(rotation.rotate(images, (0, 180))[0], torch.cat([four[:6], four[12:18]]))
     assert torch.equal(rotation.rotate(images, (90, 270))[0], torch.cat([four[6:12], four[18:]]))
 
@@ -140,10 +162,10 @@ def test_loss_of_an_untrained_network():
     torch.manual_seed(0)
     model = rotation.NetworkInNetwork(4, width=0.25)
     turned, labels = rotation.rotate_four_ways(some_images(32))
-    loss = float(rotation.rotation_loss(model(normalize(turned)), labels)["loss"])
+    loss = float(rotation.rotation_loss(model(normalize(turned)), labels)["loss"].detach())
     assert 1.30 < loss < 1.6
     nn.init.zeros_(model.classifier[1].weight)
-    loss = float(rotation.rotation_loss(model(normalize(turned)), labels)["loss"])
+    loss = float(rotation.rotation_loss(model(normalize(turned)), labels)["loss"].detach())
     assert loss == pytest.approx(math.log(4), abs=1e-6)
 
 
@@ -192,20 +214,17 @@ def test_every_scale_resolves_to_a_config_and_known_rows():
     import fnmatch
 
     import yaml
-    settings = trainer.ROOT / "papers" / "gidaris_rotation.yaml"
-    blocks = yaml.safe_load(settings.read_text())
+    blocks = yaml.safe_load(SETTINGS.read_text())
     assert set(blocks) == {*trainer.SCALES, "small-embedded"}
     for scale in trainer.SCALES:
-        assert trainer.resolve_config(rotation.Config, settings, scale).seed == 0
+        assert trainer.resolve_config(rotation.Config, SETTINGS, scale).seed == 0
         for glob in blocks[scale]["rows"]:
             assert fnmatch.filter(rotation.PAPER, glob), glob
 
 
-def test_claims_and_curves_name_known_rows():
-    for _, first, sign, second, *_ in rotation.CLAIMS:
-        assert first in rotation.PAPER and second in rotation.PAPER and sign in "<>"
-    for *_, series in rotation.CURVES:
-        assert all(row in rotation.PAPER for points in series.values() for _, row in points)
+def test_claims_and_curves_are_literals_that_name_known_rows():
+    literals = report.read_literals(Path(rotation.__file__))  # raises where they do not
+    assert literals["PAPER"] == rotation.PAPER and literals["CLAIMS"] == rotation.CLAIMS
 
 
 # Short training, straight on the pure functions
@@ -248,15 +267,54 @@ def test_a_bright_top_half_is_learnt_in_a_few_steps():
     assert loss < 1.0 and rotation_hits(model, images[:200]) > 95
 
 
-def test_averaging_over_the_four_copies_destroys_the_task():
-    """A rotation-invariant network must be at chance: its scores are the same for all four copies."""
+def test_a_network_that_cannot_tell_turns_apart_is_at_chance(tmp_path):
+    """Averaged over the four copies a network is rotation-invariant: exactly 25 % for any scores, through the real count."""
+    class Averaged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = rotation.NetworkInNetwork(2, width=0.125)
+
+        def forward(self, images):
+            images = images.double()
+            return sum(self.inner.double()(torch.rot90(images, turns, (2, 3))) for turns in range(4)).round(decimals=6)
+
+    config = trainer.resolve_config(rotation.Config, SETTINGS, "smoke", 0, ["precision=float32"])
+    run = trainer.Run(rotation.__file__, config, "smoke", "cpu", suite="smoke", results=tmp_path, runs=tmp_path)
     torch.manual_seed(0)
-    model = rotation.NetworkInNetwork(2, width=0.125).eval()
-    turned, labels = rotation.rotate_four_ways(some_images(50))
-    with torch.no_grad():
-        averaged = sum(model(normalize(torch.rot90(turned, k, (2, 3)))) for k in range(4))
-    same = averaged.unflatten(0, (4, 50))
-    torch.testing.assert_close(same, same[:1].expand_as(same), atol=1e-4, rtol=1e-4)
+    test = Resident(some_images(50), torch.zeros(50, dtype=torch.int64))
+    assert rotation.rotation_accuracy(run, Averaged(), rotation.QUARTER_TURNS, test) == 25.0
+
+
+def test_few_label_rows_train_on_exactly_so_many_a_class_and_as_long_as_with_all(tmp_path, monkeypatch):
+    seen = {}
+
+    def classify(run, purpose, encoder, heads, data, train, *, epochs, **budget):
+        seen[purpose] = train.labels.bincount().tolist(), epochs, len(data.train)
+        return dict.fromkeys(heads, 50.0), 1, 0.0
+
+    monkeypatch.setattr(rotation, "classify", classify)
+    config = trainer.resolve_config(rotation.Config, SETTINGS, "smoke", 0, ["width=0.05"])
+    run = trainer.Run(rotation.__file__, config, "small", "cpu", suite="smoke", results=tmp_path, runs=tmp_path,
+                      rows="supervised*")
+    split = Resident(some_images(500), torch.arange(500) % 4)
+    rotation.evaluate(run, ImageSet("x", split, split, 4))
+    assert seen == {"supervised": ([125] * 4, config.supervised_epochs, 500),
+                    "supervised/labels20": ([20] * 4, config.supervised_epochs, 500),
+                    "supervised/labels100": ([100] * 4, config.supervised_epochs, 500)}  # 400 a class are not there
+
+
+def test_the_guard_notices_a_trunk_that_moves(tmp_path):
+    class Restless(rotation.NetworkInNetwork):
+        def train(self, mode=True):  # batch-norm statistics go on moving
+            return super().train(True)
+
+    config = trainer.resolve_config(rotation.Config, SETTINGS, "smoke", 0, ["batch_size=8"])
+    run = trainer.Run(rotation.__file__, config, "smoke", "cpu", suite="smoke", results=tmp_path, runs=tmp_path)
+    split = Resident(some_images(16), torch.arange(16) % 10)
+    encoder = Restless(2, 4, 0.05)
+    heads = {"conv": (2, rotation.conv_head((1, 8, 8, 8), 10, 0.05))}
+    with pytest.raises(AssertionError, match="has moved"):
+        rotation.classify(run, "x", encoder, heads, ImageSet("x", split, split, 10), split, epochs=1, drops=(0.5,), rate=0.1)
 
 
 def test_few_labels_are_the_first_of_each_class():

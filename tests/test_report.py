@@ -1,4 +1,5 @@
 """The report on a tiny made-up paper: hashes, records, statistics, tables."""
+import os
 import json
 import subprocess
 import sys
@@ -220,7 +221,8 @@ def test_stale_mark_follows_the_code_and_names_the_file(project):
 
 def test_embedded_code_counts_for_runs_on_the_embedded_set(project):
     (project / "results/small-embedded").mkdir()
-    add(project, "ours/deep", 0, 85.0, suite="small-embedded", config={"dataset": "embedded"})
+    add(project, "ours/deep", 0, 85.0, suite="small-embedded", config={"dataset": "embedded"},
+        data={"embedded": "e" * 64})
     (project / "replicate/embedded.py").write_text("changed = True\n")
     row = cells(page(project, "small-embedded"), "ours/deep")
     assert row[2] == "85.00† (1)" and "embedded.py" in row[4]
@@ -236,7 +238,36 @@ def test_cells_of_the_table(project):
                                         "`python -m papers.demo --scale small --rows 'ours/deep'`"]
     assert cells(text, "ours/flat")[1:4] == ["80? (Table 1)", "79.00 (1)", "-1.00"]
     assert cells(text, "random")[1:4] == ["– (Sec. 4)", "not run", ""]
-    assert "last iterate, seeds 0" in text and "cifar10 `abcdefabcdef`" in text and "cpu (2 threads)" in text
+    assert "last iterate, seeds 0" in text and "cifar10 `abcdefabcdef`" in text and "cpu, 2 threads" in text
+
+
+def test_a_gpu_has_no_threads_to_tell(project):
+    add(project, "ours/deep", 0, 88.25, threads=None, device="GPU X")
+    assert "- Hardware: GPU X\n" in page(project)
+
+
+def test_failures_of_an_older_configuration_are_forgotten(project):
+    add(project, "ours/deep", 1, None, status="failed", error="out of memory", config={"dataset": "cifar10", "width": 9},
+        config_hash="f" * 16)
+    add(project, "ours/deep", 0, 88.25)
+    assert "failed" not in cells(page(project), "ours/deep")[4]
+
+
+def test_orphans_in_a_folder_without_records_are_found(project):
+    write_tables(project / "results", project / "papers")
+    (project / "results/full").mkdir(exist_ok=True)
+    (project / "results/full/demo.md").write_text("typed by hand")
+    assert any("full/demo.md" in line for line in check_tables(project / "results", project / "papers"))
+
+
+def test_a_disk_that_fills_up_leaves_the_file_as_it_was(project, monkeypatch):
+    add(project, "ours/deep", 0, 88.25)
+    path = project / "results/small/demo.jsonl"
+    before, write = path.read_bytes(), os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, line: write(descriptor, line[:20]))
+    with pytest.raises(OSError, match="disk is full"):
+        add(project, "ours/deep", 1, 88.25)
+    assert path.read_bytes() == before
 
 
 def test_values_are_comparable_at_full_scale_only(project):
