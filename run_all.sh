@@ -45,7 +45,6 @@ find_python() {
 
 case "${1:-}" in -h|--help|help) echo "$usage"; exit 0 ;; esac
 find_python
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}  # threads that spin while they wait slow down everything beside them
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 
 case "${1:-}" in
