@@ -228,15 +228,14 @@ def test_claims_and_curves_are_literals_that_name_known_rows():
 
 
 # Short training, straight on the pure functions
-def train_rotation(images, steps, batch=64, seed=0, augment=True):
+def train_rotation(images, steps, batch=48, seed=0):
     torch.manual_seed(seed)
     model = rotation.NetworkInNetwork(2, width=0.125).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     for step in range(steps):
         generator = trainer.stream(seed, "test", step)
         batch_images = images[torch.randint(len(images), (batch,), generator=generator)]
-        if augment:
-            batch_images = rotation.crop_and_flip(batch_images, generator)
+        batch_images = rotation.crop_and_flip(batch_images, generator)
         turned, labels = rotation.rotate_four_ways(batch_images)
         result = rotation.rotation_loss(model(normalize(turned)), labels)
         optimizer.zero_grad()

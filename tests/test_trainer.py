@@ -180,13 +180,15 @@ sys.exit(gidaris_rotation.main(sys.argv[3:]))
 
 def test_killed_at_random_steps_ends_in_the_same_bytes(tmp_path, tiny):
     """kill -9 at three random steps of pre-training and of the probe; weights, records and tables agree bit for bit."""
-    assert rotation.main([*tiny, *ROW, "--results", str(tmp_path / "a"), "--runs", str(tmp_path / "ra")]) == 0
+    whole = script(*tiny, *ROW, "--results", str(tmp_path / "a"), "--runs", str(tmp_path / "ra"), OMP_NUM_THREADS="2")
+    assert whole.returncode == 0, whole.stderr
     expected = weights_of(tmp_path / "ra")
     assert set(expected) == {"rotnet4.pt", "rotnet4_conv.pt"}
     seed = time.time_ns()
     chance = random.Random(seed)
     rest = [*tiny, *ROW, "--results", str(tmp_path / "b"), "--runs", str(tmp_path / "rb")]
-    environment = {**os.environ, "REPLICATE_CHECKPOINT_SECONDS": "0"}  # a checkpoint after every step; 20 steps a phase
+    environment = {**os.environ, "OMP_NUM_THREADS": "2",
+                   "REPLICATE_CHECKPOINT_SECONDS": "0"}  # a checkpoint after every step; 20 steps a phase
     out, steps = "", 0
     # (in which of the coming steps, when): pre-training ends with step 20, the probe follows
     for phase in (0, 20):
@@ -197,7 +199,7 @@ def test_killed_at_random_steps_ends_in_the_same_bytes(tmp_path, tiny):
             assert result.returncode == -signal.SIGKILL, f"seed {seed}: {result.stdout}{result.stderr}"
             steps = target - (moment != "after")
             out += result.stdout
-    last = subprocess.run([sys.executable, "-m", "papers.gidaris_rotation", *rest], cwd=ROOT, capture_output=True, text=True)
+    last = script(*rest, OMP_NUM_THREADS="2")
     assert last.returncode == 0, last.stderr
     out += last.stdout
     assert out.count("rotnet4: resumed at step") >= 2 and out.count("rotnet4/conv: resumed at step") >= 2, f"seed {seed}: {out}"
