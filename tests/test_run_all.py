@@ -12,11 +12,15 @@ ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--rows", "random/block1/knn"]
 
 
+# This Python first on the PATH, and no data set in reach
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+               "REPLICATE_DATA": "/nonexistent"}
+
+
 def run_all(*arguments, folder=ROOT, cwd=None, prefix=(), **environment):
-    """Run the script with this Python first on the PATH and no data set in reach, unless the environment says other."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    """Run the script to its end; returns the finished process."""
     return subprocess.run([*prefix, str(folder / "run_all.sh"), *arguments], cwd=cwd or folder, text=True, capture_output=True,
-                          timeout=300, env={**os.environ, "PATH": path, "REPLICATE_DATA": "/nonexistent", **environment})
+                          timeout=300, env={**ENVIRONMENT, **environment})
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +99,7 @@ def test_options_with_equal_signs_and_the_device_reach_the_choice(clone, tmp_pat
 
 def test_a_terminated_run_all_takes_its_child_along(clone, tmp_path):
     command = [str(clone / "run_all.sh"), "smoke", "--set", "conv_epochs=500", "--rows", "random/conv", "--runs", str(tmp_path)]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-                   "REPLICATE_CHECKPOINT_SECONDS": "0"}
+    environment = {**ENVIRONMENT, "REPLICATE_CHECKPOINT_SECONDS": "0"}
     for attempt in range(2):
         process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
         try:
