@@ -261,8 +261,10 @@ def rotate_eight_ways(images):
 def rotate(images, degrees):
     """The pretext task with any of the paper's four sets of rotations -> (images (len(degrees)*N,...), labels).
 
-    A label is the position in `degrees`.  For QUARTER_TURNS this is rotate_four_ways; the eight-way images are smaller.
+    A label is the position in `degrees`.  The eight-way images are smaller.
     """
+    if degrees == QUARTER_TURNS:
+        return rotate_four_ways(images)
     if len(degrees) == 8:
         return rotate_eight_ways(images)
     turned = torch.cat([torch.rot90(images, angle // 90, (2, 3)) for angle in degrees])
@@ -466,7 +468,7 @@ def random_sized_crop(config):
 
 def pretext_steps(config, data):
     """Number of updates; a broken epoch at the end is cut."""
-    return int(config.pretext_epochs * len(data.train) / config.batch_size)
+    return int(config.pretext_epochs * len(data.unlabeled) / config.batch_size)
 
 
 def pretrain(run, data, name):
@@ -484,7 +486,7 @@ def pretrain(run, data, name):
         return rotation_loss(model(normalize(rotated, config.mean, config.deviation)), labels)
 
     seconds = run.fit(
-        name, model, objective, run.shuffled(data.train, config.batch_size, name),
+        name, model, objective, run.shuffled(data.unlabeled, config.batch_size, name),
         steps=pretext_steps(config, data),
         optimizer=optimizer_of(config, model.parameters()),
         learning_rate=stepped(config.pretext_rate, config.pretext_drops, config.pretext_factor),
@@ -654,7 +656,8 @@ def evaluate(run, data):
         if f"{name}/rotation-accuracy" in PAPER and run.wanted(f"{name}/rotation-accuracy"):
             model, seconds = trunk(name)
             value, own = run.measure(lambda test: rotation_accuracy(run, model, degrees, test), data.test)
-            run.record(f"{name}/rotation-accuracy", value, steps=pretext_steps(config, data), seconds=seconds + own)
+            run.record(f"{name}/rotation-accuracy", value, steps=pretext_steps(config, data), seconds=seconds + own,
+                       history=run.history.get(name))
     for name in ("rotnet4", "random"):
         rows = {f"{name}/block{block}/{kind}": (block, kind) for block in range(1, 5) for kind in ("linear", "knn")}
         wanted = {row: rows[row] for row in run.wanted(*rows)}

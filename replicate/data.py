@@ -2,7 +2,7 @@
 
 Order of search for the data root: --data, $REPLICATE_DATA, ./data beside run_all.sh.  A set that is not there is
 downloaded by torchvision (its addresses and checksums), decoded once and packed as <root>/packed/<name>.npz with the
-keys x_train, y_train, x_test, y_test (images NHWC uint8).  The SHA-256 of what was decoded goes into every record.
+keys x_train, y_train, x_test, y_test (images NHWC uint8; STL-10 has x_unlabeled too).  The SHA-256 of what was decoded goes into every record.
 """
 import hashlib
 import io
@@ -90,12 +90,21 @@ def _collate(samples):
 
 @dataclass
 class ImageSet:
-    """train and test are Resident or Streamed; sha256 maps a set's name to the hash of what was decoded."""
+    """train and test are Resident or Streamed; sha256 maps a set's name to the hash of what was decoded.
+
+    unlabeled: what to pre-train on, labels -1; where a set has no such part, it is train.
+    class_names: of a folder's classes, in the order of their labels; empty for other sets.
+    """
     name: str
     train: Resident | Streamed
     test: Resident | Streamed
     classes: int
     sha256: dict = field(default_factory=dict)
+    unlabeled: Resident | Streamed | None = None
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        self.unlabeled = self.unlabeled or self.train
 
 
 def data_root(argument=None):
@@ -106,8 +115,8 @@ def data_root(argument=None):
 def load(name, root, device, size=None, streamed=None):
     """Load an image set.
 
-    name: cifar10, mnist, usps; imagenette, imagenet (folders under the root); embedded or embedded-digits
-    (drawn by the code); folder:DIR with train/<class>/ and test/<class>/ (or val/).
+    name: cifar10, mnist, usps, svhn, stl10; imagenette, imagenet (folders under the root); embedded, embedded-digits or
+    embedded-digits-blended (drawn by the code); folder:DIR with train/<class>/ and test/<class>/ (or val/).
     size: side in pixels for files of any shape (shorter side resized, centre cropped); packed sets have their own.
     streamed: None keeps a folder on the device when it takes less than a quarter of the memory.
     Raises InputError with one line that names the thing and the way out.
@@ -121,45 +130,57 @@ def load(name, root, device, size=None, streamed=None):
     elif name in PACKED:
         arrays = _read_packed(name, root)
     else:
-        raise InputError(f"unknown data set '{name}'; known: {', '.join(PACKED)}, imagenette, imagenet, embedded, "
-                         "embedded-digits, folder:DIR")
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array))
-    x_train, y_train, x_test, y_test = arrays
+        raise InputError(f"unknown data set '{name}'; known: {', '.join(PACKED)}, imagenette, imagenet, "
+                         f"{', '.join(DRAWN)}, folder:DIR")
+    x_train, y_train, x_test, y_test, *x_unlabeled = arrays
 
     def split(x, y):
         images = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).to(device)
         return Resident(images, torch.from_numpy(y.astype(np.int64)).to(device))
 
     return ImageSet(name, split(x_train, y_train), split(x_test, y_test), int(y_train.max()) + 1,
-                    {name: digest.hexdigest()})
+                    {name: digest_of(arrays)}, *(split(x, np.full(len(x), -1)) for x in x_unlabeled))
 
 
-# Packed sets: torchvision downloads and decodes, we keep one file.  name -> (classes, image shape (H,W,C), loader)
-def _torchvision(dataset, root, download):
-    """x_train, y_train, x_test, y_test as NHWC uint8 and uint8 from a torchvision data set with PIL images."""
+# Packed sets: torchvision downloads and decodes, we keep one file
+TRAIN, SPLIT = ({"train": True}, {"train": False}), ({"split": "train"}, {"split": "test"})
+PACKED = {  # name -> (classes, image shape (H,W,C), torchvision's class, its arguments for train and test)
+    "cifar10": (10, (32, 32, 3), datasets.CIFAR10, TRAIN), "mnist": (10, (28, 28, 1), datasets.MNIST, TRAIN),
+    "usps": (10, (16, 16, 1), datasets.USPS, TRAIN), "svhn": (10, (32, 32, 3), datasets.SVHN, SPLIT),
+    "stl10": (10, (96, 96, 3), datasets.STL10, (*SPLIT, {"split": "unlabeled"})),
+}
+KEYS = ("x_train", "y_train", "x_test", "y_test", "x_unlabeled")
+
+
+def _keys(name):
+    return KEYS if len(PACKED[name][3]) == 3 else KEYS[:4]
+
+
+def _torchvision(name, root, download):
+    """The arrays of _keys(name), NHWC uint8 and uint8, from a torchvision data set with PIL images."""
     arrays = []
-    for train in (True, False):
-        part = dataset(str(root), train=train, download=download)
+    for part in (PACKED[name][2](str(root), download=download, **arguments) for arguments in PACKED[name][3]):
         images = np.stack([np.asarray(image) for image, _ in part])
-        labels = np.array(part.targets)
+        labels = torch.as_tensor(part.targets if hasattr(part, "targets") else part.labels).numpy()
         arrays += [images if images.ndim == 4 else images[..., None], labels.astype(np.uint8)]
-    return arrays
+    return arrays[:len(_keys(name))]
 
 
-PACKED = {"cifar10": (10, (32, 32, 3), datasets.CIFAR10),
-          "mnist": (10, (28, 28, 1), datasets.MNIST), "usps": (10, (16, 16, 1), datasets.USPS)}
-RAW = {"cifar10": "cifar-10-batches-py", "mnist": "MNIST/raw", "usps": "usps.bz2"}
+RAW = {"cifar10": "cifar-10-batches-py", "mnist": "MNIST/raw", "usps": "usps.bz2", "svhn": "train_32x32.mat",
+       "stl10": "stl10_binary"}
 ADDRESS = {"cifar10": datasets.CIFAR10.url, "mnist": datasets.MNIST.mirrors[0],
-           "usps": datasets.USPS.split_list["train"][0], "imagenette": datasets.Imagenette._ARCHIVES["full"][0]}
+           "usps": datasets.USPS.split_list["train"][0], "svhn": datasets.SVHN.split_list["train"][0],
+           "stl10": datasets.STL10.url, "imagenette": datasets.Imagenette._ARCHIVES["full"][0]}
 
 
 def _check_arrays(arrays, name):
-    classes, shape, _ = PACKED[name]
-    for x, y in (arrays[:2], arrays[2:]):
-        if x.dtype != np.uint8 or x.shape[1:] != shape or y.shape != x.shape[:1] or len(y) == 0:
-            raise ValueError(f"images {x.dtype} {x.shape}, labels {y.shape}; expected uint8 (N, {shape})")
+    classes, shape = PACKED[name][:2]
+    for x in arrays[::2]:
+        if x.dtype != np.uint8 or x.shape[1:] != shape or len(x) == 0:
+            raise ValueError(f"images {x.dtype} {x.shape}; expected uint8 (N, {shape})")
+    for x, y in (arrays[:2], arrays[2:4]):
+        if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
+            raise ValueError(f"labels {y.dtype} {y.shape}; expected whole numbers ({len(x)},)")
         if y.min() < 0 or y.max() >= classes:
             raise ValueError(f"labels {y.min()}..{y.max()}; expected 0..{classes - 1}")
 
@@ -169,9 +190,9 @@ def _read_packed(name, root):
     if path.exists():
         try:
             with np.load(path, allow_pickle=False) as archive:
-                arrays = [archive[key] for key in ("x_train", "y_train", "x_test", "y_test")]
+                arrays = [archive[key] for key in _keys(name)]
             _check_arrays(arrays, name)
-            return arrays
+            return [array.astype(np.uint8) for array in arrays]  # so that labels of any type hash alike
         except Exception as error:  # rubbish can make numpy raise nearly anything
             aside = path.with_suffix(".npz.damaged")
             print(f"warning: {path} is damaged ({error}); set aside as {aside.name} and made anew", flush=True)
@@ -182,7 +203,7 @@ def _read_packed(name, root):
     arrays = _from_torchvision(name, root)
     _check_arrays(arrays, name)
     buffer = io.BytesIO()
-    np.savez(buffer, **dict(zip(("x_train", "y_train", "x_test", "y_test"), arrays)))
+    np.savez(buffer, **dict(zip(_keys(name), arrays)))
     try:
         write_atomically(path, buffer.getbuffer())
     except OSError as error:
@@ -191,11 +212,13 @@ def _read_packed(name, root):
 
 
 def _from_torchvision(name, root):
-    dataset = PACKED[name][2]
     try:
-        return _torchvision(dataset, root, download=False)
+        return _torchvision(name, root, download=False)
     except RuntimeError:  # "Dataset not found or corrupted"
         pass
+    except ImportError as error:
+        raise InputError(f"data set '{name}': torchvision needs the package {error.name} to unpack it, which is not one of "
+                         f"ours: install it once, or make {root / 'packed' / name}.npz elsewhere") from None
     if not (root / RAW[name]).exists() and not reachable(ADDRESS[name]):  # raw archives are unpacked without a network
         raise InputError(f"no data set '{name}' in {root} and its host cannot be reached: give the folder that holds "
                          "it with --data DIR, or run on drawn images with --data embedded")
@@ -204,7 +227,7 @@ def _from_torchvision(name, root):
     socket.setdefaulttimeout(PROBE_SECONDS)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        return _torchvision(dataset, root, download=True)
+        return _torchvision(name, root, download=True)
     except (OSError, RuntimeError) as error:
         raise InputError(f"downloading '{name}' to {root} failed ({str(error).splitlines()[0]}): repeat, give the "
                          "folder that holds it with --data DIR, or use --data embedded") from None
@@ -246,15 +269,16 @@ def available(name, root):
     return "download" if name in ADDRESS and reachable(ADDRESS[name]) else None
 
 
+DRAWN = {"embedded": lambda count, seed, size: embedded.embedded_objects(count, seed, size or 32),
+         "embedded-digits": lambda count, seed, size: embedded.embedded_digits(count, seed),
+         "embedded-digits-blended": lambda count, seed, size: embedded.embedded_digits(count, seed, blended=True)}
+
+
 def _draw(name, size):
     """The drawn sets, 10,000 train and 2,000 test images: as hard as their docstring says, the same on every machine."""
-    if name == "embedded":
-        train, test = (embedded.embedded_objects(count, seed, size or 32) for count, seed in ((10000, 0), (2000, 1)))
-    elif name == "embedded-digits":
-        train, test = (embedded.embedded_digits(count, seed) for count, seed in ((10000, 0), (2000, 1)))
-    else:
-        raise InputError(f"unknown data set '{name}'; drawn sets are embedded and embedded-digits")
-    return [array for images, labels in (train, test)
+    if name not in DRAWN:
+        raise InputError(f"unknown data set '{name}'; drawn sets are {', '.join(DRAWN)}")
+    return [array for count, seed in ((10000, 0), (2000, 1)) for images, labels in (DRAWN[name](count, seed, size),)
             for array in (images.permute(0, 2, 3, 1).numpy(), labels.numpy().astype(np.uint8))]
 
 
@@ -333,7 +357,16 @@ def _load_folder(name, root, device, size, streamed):
             digest.update(images.numpy())
             digest.update(labels.numpy())
             splits.append(Resident(images.to(device), labels.to(device)))
-    return ImageSet(name, *splits, len(train.classes), {name.split(":")[0]: digest.hexdigest()})
+    return ImageSet(name, *splits, len(train.classes), {name.split(":")[0]: digest.hexdigest()},
+                    class_names=tuple(train.classes))
+
+
+def digest_of(arrays):
+    """SHA-256 of the bytes of numpy arrays, one after the other."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def write_atomically(path, content):

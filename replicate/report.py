@@ -79,7 +79,7 @@ def read_literals(script: Path) -> dict:
         found.update({assigned_name(node): ast.literal_eval(node.value)
                       for node in tree.body if assigned_name(node) in LITERALS})
         named = {row for _, first, sign, second, margin, _, _ in found["CLAIMS"] for row in (first, second)}
-        named |= {row for _, _, _, _, series in found["CURVES"] for points in series.values() for _, row in points}
+        named |= {row for curve in found["CURVES"] for row in rows_of(curve)}
         signs = {claim[2] for claim in found["CLAIMS"]}
         missing = sorted(named - {row for row, (value, where, confirmed) in found["PAPER"].items()})
     except (ValueError, TypeError, AttributeError) as problem:
@@ -88,6 +88,11 @@ def read_literals(script: Path) -> dict:
         raise ValueError(f"{script.name}: " + (f"CLAIMS or CURVES names rows that PAPER lacks: {', '.join(missing)}" if missing
                                                else f"a claim must compare with > or <, not with {sorted(signs)}"))
     return found
+
+
+def rows_of(curve: tuple) -> list[str]:
+    """The rows that a CURVES entry draws: of lines [(x, row), ...] and of learning curves (row, scalar)."""
+    return [row for line in curve[4].values() for row in ([line[0]] if isinstance(line, tuple) else [row for _, row in line])]
 
 
 def append_record(path: Path, record: dict) -> None:
@@ -310,30 +315,53 @@ def round_ticks(low: float, high: float) -> list[float]:
     return [index * step for index in range(first, max(last, first + 1) + 1)]
 
 
-def draw_curve(curve: tuple, rows: dict[str, dict], published: dict[str, tuple]) -> str:
-    """An SVG line chart of one CURVES entry: our mean with sd whiskers, and the paper's values dashed and hollow."""
-    _, title, x_label, y_label, series = curve
-    positions = list(dict.fromkeys(x for points in series.values() for x, _ in points))
-    if all(isinstance(x, (int, float)) for x in positions):
-        positions.sort()
-    lines = []  # (name, colour, dashed, [(x, value, sd)])
-    for index, (name, points) in enumerate(series.items()):
+def learning_curve(row: dict, scalar: str) -> list[tuple]:
+    """[(step, mean over the row's records, 0)] of a scalar in the records' histories, at the steps that all have."""
+    histories = [dict(map(tuple, record["history"][scalar])) for record in row["pooled"] if scalar in record.get("history", {})]
+    steps = sorted(set.intersection(*map(set, histories))) if histories else []
+    return [(step, statistics.fmean(history[step] for history in histories), 0.0) for step in steps]
+
+
+def chart_lines(curve: tuple, rows: dict[str, dict], published: dict[str, tuple]) -> list[tuple]:
+    """(name, colour, dashed, [(x, value, sd)]) of what there is to draw of a CURVES entry."""
+    lines = []
+    for index, (name, line) in enumerate(curve[4].items()):
         color = COLORS[index % len(COLORS)]
+        if isinstance(line, tuple):
+            lines.append((name, color, False, learning_curve(rows[line[0]], line[1])))
+            continue
         lines.append((name, color, False, [(x, rows[row]["mean"], rows[row]["sd"] or 0.0)
-                                           for x, row in points if rows[row]["values"]]))
-        known = [(x, published[row]) for x, row in points if published[row][0] is not None]
+                                           for x, row in line if rows[row]["values"]]))
+        known = [(x, published[row]) for x, row in line if published[row][0] is not None]
         doubt = "" if all(confirmed for _, (_, _, confirmed) in known) else ", some values not confirmed"
-        lines.append((f"{name}, published{doubt}", color, True, [(x, value, 0.0) for x, (value, _, _) in known]))
-    lines = [line for line in lines if line[3]]
+        if lines[-1][3]:
+            lines.append((f"{name}, published{doubt}", color, True, [(x, value, 0.0) for x, (value, _, _) in known]))
+    return [line for line in lines if line[3]]
+
+
+def draw_curve(curve: tuple, rows: dict[str, dict], published: dict[str, tuple]) -> str:
+    """An SVG line chart of one CURVES entry: our means with sd whiskers, and the paper's values dashed and hollow; or
+    learning curves, on a linear axis of steps."""
+    _, title, x_label, y_label, series = curve
+    lines = chart_lines(curve, rows, published)
     ticks = round_ticks(min(value - sd for *_, points in lines for _, value, sd in points),
                         max(value + sd for *_, points in lines for _, value, sd in points))
     left, right, top, bottom = 64, 620, 44, 320
-    across = {x: left + (right - left) * (index + 0.5) / len(positions) for index, x in enumerate(positions)}
+    positions = list(dict.fromkeys(x for *_, points in lines for x, _, _ in points))
+    if all(isinstance(x, (int, float)) for x in positions):
+        positions.sort()
+    linear = any(isinstance(line, tuple) for line in series.values())
+    if linear:
+        marks = round_ticks(0, positions[-1])
+        across = {x: left + (right - left) * x / marks[-1] for x in [*positions, *marks]}
+    else:
+        marks = positions
+        across = {x: left + (right - left) * (index + 0.5) / len(positions) for index, x in enumerate(positions)}
 
     def up(value: float) -> float:
         return bottom - (bottom - top) * (value - ticks[0]) / (ticks[-1] - ticks[0])
 
-    stale = any(rows[row]["changed"] for points in series.values() for _, row in points)
+    stale = any(rows[row]["changed"] for row in rows_of(curve))
     middle, height = (left + right) / 2, bottom + 56 + 20 * len(lines)
     svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {height}" width="640" height="{height}" '
            'font-family="sans-serif" font-size="13" fill="#222">', f'<rect width="640" height="{height}" fill="white"/>',
@@ -343,7 +371,8 @@ def draw_curve(curve: tuple, rows: dict[str, dict], published: dict[str, tuple])
     for tick in ticks:
         svg += [f'<path d="M{left} {up(tick):.1f}H{right}" stroke="#ddd"/>',
                 f'<text x="{left - 8}" y="{up(tick) + 4:.1f}" text-anchor="end">{tick:.6g}</text>']
-    svg += [f'<text x="{place:.1f}" y="{bottom + 20}" text-anchor="middle">{escape(str(x))}</text>' for x, place in across.items()]
+    svg += [f'<text x="{across[x]:.1f}" y="{bottom + 20}" text-anchor="middle">{escape(f"{x:.6g}" if linear else str(x))}</text>'
+            for x in marks]
     for index, (name, color, dashed, points) in enumerate(lines):
         style = f'stroke="{color}" stroke-width="2"' + ' stroke-dasharray="6 4" opacity="0.55"' * dashed
         places = [(across[x], up(value)) for x, value, _ in sorted(points, key=lambda point: positions.index(point[0]))]
@@ -353,7 +382,7 @@ def draw_curve(curve: tuple, rows: dict[str, dict], published: dict[str, tuple])
         legend = bottom + 64 + 20 * index
         svg += [f'<path d="M{left} {legend - 4}h36" {style}/>', f'<text x="{left + 46}" y="{legend}">{escape(name)}</text>']
         svg += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" stroke="{color}" fill="{"white" if dashed else color}"/>'
-                for x, y in [*places, (left + 18, legend - 4)]]
+                for x, y in [*places, (left + 18, legend - 4)] if not linear]
     return "\n".join([*svg, "</svg>"]) + "\n"
 
 
@@ -396,7 +425,7 @@ def render_suite(folder: Path, papers: Path) -> tuple[dict[Path, str], dict[str,
                            "stale": bool(rows[first]["changed"] or rows[second]["changed"]),
                            **judge_claim(rows[first]["values"], sign, rows[second]["values"], margin)})
         for curve in literals["CURVES"]:
-            if any(rows[row]["values"] for points in curve[4].values() for _, row in points):
+            if any(points for *_, points in chart_lines(curve, rows, published)):
                 files[folder / f"{stem}_{curve[0]}.svg"] = draw_curve(curve, rows, published)
         longer = tuple(f"{other}_" for other in stems if other.startswith(f"{stem}_"))
         pictures = [path.name for path in folder.glob(f"{stem}_*.png") if not path.name.startswith(longer)]

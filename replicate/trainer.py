@@ -21,7 +21,6 @@ import subprocess
 import sys
 import time
 import typing
-from collections import defaultdict
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -134,7 +133,7 @@ class Run:
         self.folder = Path(runs) / self.paper / self.hash
         self.provenance = provenance or read_provenance(self.script)
         self.code = dict(self.provenance["code"])
-        self.sha256, self.asked, self.plan_phases = {}, [], {}
+        self.sha256, self.asked, self.plan_phases, self.history = {}, [], {}, {}
         self.started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.stop = False
         self.fitting = False
@@ -218,8 +217,17 @@ class Run:
     def has(self, row):
         return any(fnmatch.fnmatch(row, glob) for glob in self.scale_rows)
 
-    def record(self, row, value, *, steps, seconds, metric="accuracy", status="ok", error=None):
-        """Append one line to results/<suite>/<paper>.jsonl.  value in percent; seconds include shared pre-training."""
+    def value(self, row):
+        """What this run has recorded for the row, or None."""
+        done = report.find_done(self.records, row, self.seed, self.hash)
+        return done and done["value"]
+
+    def record(self, row, value, *, steps, seconds, metric="accuracy", history=None, status="ok", error=None):
+        """Append one line to results/<suite>/<paper>.jsonl.
+
+        value: in percent if metric is "accuracy".  seconds: shared pre-training included.  history: the learning
+        curves of a phase, run.history[purpose], for CURVES.
+        """
         if self.plan:
             self.say(f"  {row:<40} {seconds / 60:8.1f} min with its pre-training   {peak_memory(self.device):6.0f} MB")
             return
@@ -234,6 +242,9 @@ class Run:
             "peak_memory_mb": round(peak_memory(self.device)), "started": self.started, "status": status}
         if error:
             record["error"] = error
+        if history:
+            record["history"] = history
+        self.asked = [other for other in self.asked if other != row]
         self.records.append(record)
         if self.rank > 0:
             return
@@ -243,7 +254,7 @@ class Run:
             raise InputError(f"cannot write {self.record_file} ({failure.strerror or failure}): make room or give another "
                              "folder with --results DIR") from None
         if status == "ok":
-            self.say(f"seed {self.seed}  {row:<44} {value:7.2f} %")
+            self.say(f"seed {self.seed}  {row:<44} {value:7.2f} {'%' if metric == 'accuracy' else metric}")
 
     def measure(self, function, *splits):
         """(function(*splits), seconds).  While planning: on 2000 images each, the time scaled up to all of them."""
@@ -252,7 +263,7 @@ class Run:
             return function(*splits), time.perf_counter() - start
         trimmed = [split.take(range(min(2000, len(split)))) for split in splits]
         value = function(*trimmed)
-        factor = sum(map(len, splits)) / sum(map(len, trimmed))
+        factor = sum(map(len, splits)) / sum(map(len, trimmed)) if splits else 1
         seconds = (time.perf_counter() - start) * factor
         self.plan_phases[f"evaluation {len(self.plan_phases)}"] = seconds
         return value, seconds
@@ -267,15 +278,16 @@ class Run:
         batches(first_step): iterator of batches, e.g. from `shuffled`.
         learning_rate(progress): rate at progress in [0, 1); each parameter group may carry a factor "scale".
         chance: the loss of a guess (ln 4, ln 10, ...), printed beside the loss.
+        Leaves the learning curves in run.history[purpose]: {scalar: [[step, mean since the last point], ...]}.
         Raises TrainingFailed when the loss is not finite.
         """
         require(steps >= 1, f"{purpose}: {steps} steps; a longer budget is needed")
         path = self.folder / f"{purpose.replace('/', '_')}.pt"
         state = None if self.plan else self._load_checkpoint(path, purpose)
-        step, seconds = 0, 0.0
+        step, seconds, names, trace = 0, 0.0, [], torch.zeros(0, steps, device=self.device)
         if state:
             model.load_state_dict(state["model"])
-            step, seconds = state["step"], state["seconds"]
+            step, seconds, names, trace = state["step"], state["seconds"], state["names"], state["trace"]
             # A record carries the hash of any other code that had a hand in it, so no stale mark is lost by resuming
             older = {name: code for name, code in state["code"].items() if code != self.provenance["code"].get(name)}
             if older:
@@ -286,6 +298,7 @@ class Run:
                 optimizer.load_state_dict(state["optimizer"])
                 self.say(f"{purpose}: resumed at step {step}/{steps}")
         if step >= steps:
+            self.history[purpose] = learning_curves(names, trace)
             return seconds
         if self.ranks > 1:
             synchronize_batch_norm(model, self.device)
@@ -294,7 +307,8 @@ class Run:
             if self.rank > 0 or self.plan:
                 return
             state = {"identity": self._identity(purpose), "code": self.code, "step": step,
-                     "seconds": seconds + time.perf_counter() - start, "model": model.state_dict()}
+                     "seconds": seconds + time.perf_counter() - start, "model": model.state_dict(),
+                     "names": names, "trace": trace}
             if step < steps:
                 state["optimizer"] = optimizer.state_dict()
             buffer = io.BytesIO()
@@ -306,7 +320,7 @@ class Run:
                                  "--runs DIR") from None
 
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        sums, counted, first = defaultdict(float), 0, step
+        first = shown = step
         start = logged = saved = time.perf_counter()
         self.fitting = True
         try:
@@ -323,16 +337,16 @@ class Run:
                 if self.ranks > 1:
                     average_gradients(parameters)
                 optimizer.step()
-                if self.plan:
-                    float(scalars["loss"])  # wait for the device
+                if not names:
+                    names, trace = list(scalars), torch.zeros(len(scalars), steps, device=self.device)
+                trace[:, step] = torch.stack([value.detach().float() for value in scalars.values()])
                 step += 1
-                for name, value in scalars.items():
-                    sums[name] += value.detach()
-                counted += 1
+                if self.plan:
+                    trace[0, 0].item()  # wait for the device
                 now = time.perf_counter()
-                stop = self._agree_to_stop(step)
+                stop = self._agree_to_stop(step, steps)
                 if step == steps or stop or now - logged > LOG_SECONDS or now - saved > CHECKPOINT_SECONDS:
-                    means = {name: float(value) / counted for name, value in sums.items()}
+                    means = dict(zip(names, trace[:, shown:step].mean(1).tolist()))
                     if not math.isfinite(means["loss"]):
                         raise TrainingFailed(f"{purpose}: the loss is not finite at step {step}/{steps}; lower the "
                                              "learning rate with --set, or --set precision=float32")
@@ -343,7 +357,7 @@ class Run:
                     if not self.plan:
                         self.say(f"seed {self.seed}  {purpose}  {step}/{steps}  loss {means['loss']:.3f}{guess}  "
                                  f"{others}  {rate:,.0f} images/s  {left / 60:.1f} min left")
-                    sums, counted, logged = defaultdict(float), 0, now
+                    shown, logged = step, now
                 if stop or step == steps or now - saved > CHECKPOINT_SECONDS:
                     save()
                     saved = now
@@ -353,8 +367,9 @@ class Run:
                     break
         finally:
             self.fitting = False
-        if self.stop:  # asked for during the last step
+        if self.stop and self.ranks == 1:  # asked for since the last step
             raise Interrupted
+        self.history[purpose] = learning_curves(names, trace)
         seconds += time.perf_counter() - start
         if self.plan:
             timed = max(step - 1, 1)
@@ -364,10 +379,10 @@ class Run:
                      f"{images_per_step * steps / seconds:,.0f} images/s")
         return seconds
 
-    def _agree_to_stop(self, step):
+    def _agree_to_stop(self, step, steps):
         if self.ranks == 1:
             return self.stop
-        if step % 10:
+        if step % 10 and step != steps:
             return False
         flag = torch.tensor(float(self.stop), device=self.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
@@ -383,7 +398,7 @@ class Run:
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
             if state["identity"] == self._identity(purpose):
-                state["step"], state["seconds"], state["model"], state["code"]  # all there
+                [state[key] for key in ("step", "seconds", "model", "code", "names", "trace")]  # all there
                 return state
             reason = "made by another run"
         except Exception as error:  # rubbish can make torch.load raise nearly anything
@@ -396,6 +411,15 @@ class Run:
             except OSError:
                 raise InputError(f"checkpoint {path} is {reason} and cannot be moved away: delete it") from None
         return None
+
+
+def learning_curves(names, trace, points=50):
+    """{name: [[step, mean since the last point], ...]}, at most `points` each, from trace (names, steps)."""
+    steps = trace.shape[1]
+    ends = sorted({round(steps * point / points) for point in range(1, points + 1)} - {0})
+    parts = trace.cpu().double().split([end - start for start, end in zip([0, *ends], ends)], 1)
+    means = [part.mean(1).tolist() for part in parts]
+    return {name: [[end, float(f"{mean[row]:.5g}")] for end, mean in zip(ends, means)] for row, name in enumerate(names)}
 
 
 # Ranks of a distributed run
@@ -416,14 +440,14 @@ class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training:
             return super().forward(x)
         dims, shape = [d for d in range(x.dim()) if d != 1], [1, -1] + [1] * (x.dim() - 2)
-        values, ranks = x.float(), dist.get_world_size()
+        values, ranks = x.double(), dist.get_world_size()  # a mean of squares less a squared mean cancels digits
         moments = torch.cat([values.mean(dims), values.square().mean(dims)])
         mean, square = (dist_functional.all_reduce(moments) / ranks).chunk(2)
-        variance = square - mean.square()
+        variance = (square - mean.square()).clamp_min(0)
         with torch.no_grad():
             count = x.numel() // x.shape[1] * ranks
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.running_mean.lerp_(mean.float(), self.momentum)
+            self.running_var.lerp_((variance * count / (count - 1)).float(), self.momentum)
             self.num_batches_tracked += 1
         out = (values - mean.view(shape)) * (variance.view(shape) + self.eps).rsqrt()
         if self.affine:
@@ -464,14 +488,16 @@ def peak_memory(device):
 
 
 def read_provenance(script):
-    """{"code", "commit", "dirty"} as the process starts: hashes of the files that matter, the commit, and whether code
-    was changed since; commit and dirty are null outside git."""
+    """{"code", "commit", "dirty"} as the process starts: hashes of the files that matter, the commit, and whether any of
+    them, the settings or the requirements were changed since; commit and dirty are null outside git."""
     def git(*words):
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
-    code = report.code_hashes(Path(script))
+    script = Path(script)
+    code = report.code_hashes(script)
     try:
         return {"code": code, "commit": git("rev-parse", "HEAD"),
-                "dirty": bool(git("status", "--porcelain", "--", "papers", "replicate", "requirements.txt"))}
+                "dirty": bool(git("status", "--porcelain", "--", str(script.resolve()), str(script.with_suffix(".yaml").resolve()),
+                                  "replicate", "requirements.txt", ":!replicate/report.py"))}
     except (OSError, subprocess.CalledProcessError):
         return {"code": code, "commit": None, "dirty": None}
 
@@ -552,7 +578,7 @@ def launch(script, Config, rows, reproduce, arguments=None):
             tell(f"error: {unwritten}")
         return 3
     except Interrupted:
-        tell("interrupted: the state is saved; the same command goes on from here")
+        tell("interrupted: the same command goes on from the state saved last")
         return 130
     finally:
         for number, handler in handlers.items():

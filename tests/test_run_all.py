@@ -110,5 +110,5 @@ def test_a_terminated_run_all_takes_its_child_along(clone, tmp_path):
             output, error = process.communicate(timeout=60)
         finally:
             process.kill()
-        assert process.returncode == 130 and "interrupted: the state is saved" in error
+        assert process.returncode == 130 and "interrupted: the same command goes on" in error
     assert "resumed at step" in output

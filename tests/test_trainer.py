@@ -222,7 +222,7 @@ def test_interrupt_saves_and_says_how_to_go_on(tmp_path, tiny):
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 130, err
-        assert err.strip().splitlines()[-1].startswith("interrupted: the state is saved")
+        assert err.strip().splitlines()[-1].startswith("interrupted: the same command goes on")
         assert "Traceback" not in err
     assert "resumed at step" in out  # the second went on from the first
     assert len(list((tmp_path / "ra").rglob("rotnet4.pt"))) == 1
