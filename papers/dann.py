@@ -258,17 +258,26 @@ def make_mnist_m(run, mnist):
     return image_data.ImageSet(name, *splits, mnist.classes)
 
 
+def load_folder(run, name, folder, size):
+    """The ImageSet of a folder (or another set's name) under a name of its own in the records."""
+    folder = str(folder)
+    loaded = run.load(folder if folder.startswith("folder:") or not Path(folder).is_dir() else f"folder:{folder}", size, False)
+    run.sha256[name] = run.sha256.pop(*loaded.sha256)
+    return loaded
+
+
 def load_set(run, name, size):
     """An ImageSet of (N,3,size,size): grey sets get three equal channels, smaller or larger ones are resized."""
     config = run.config
     if name.startswith("own "):
-        loaded = run.load(getattr(config, name.split()[1]), size, False)
+        loaded = load_folder(run, name, getattr(config, name.split()[1]), size)
     elif config.dataset.startswith("embedded"):
         loaded = run.load("embedded-digits-blended" if name == "mnist-m" else "embedded-digits")
     elif name == "mnist-m":
-        loaded = run.load(f"folder:{config.mnist_m}", size, False) if config.mnist_m else make_mnist_m(run, run.load("mnist"))
+        loaded = (load_folder(run, name, config.mnist_m, size) if config.mnist_m
+                  else make_mnist_m(run, run.load("mnist")))
     elif name in ("synnumbers", "synsigns", "gtsrb"):
-        loaded = run.load(f"folder:{image_data.data_root(run.data_argument) / name}", size, False)
+        loaded = load_folder(run, name, image_data.data_root(run.data_argument) / name, size)
     else:
         loaded = run.load(name)
 
@@ -627,15 +636,17 @@ def moons(run):
         run.record(row, value, steps=steps, seconds=seconds + own)
 
 
+def pairs_of(config):
+    """The pairs that make sense for a config: your own domains alone; of drawn digits one pair; or all of the paper's."""
+    if config.source:
+        return ["own"]
+    return ["mnist-mnistm", "moons"] if config.dataset.startswith("embedded") else [p for p in (*PAIRS, "moons") if p != "own"]
+
+
 def evaluate(run):
-    """Every row of the scale that is not recorded yet."""
-    moons(run)
-    for pair in PAIRS:
-        if pair == "own" and not run.config.source:
-            continue
-        if run.config.dataset.startswith("embedded") and pair != "mnist-mnistm" and pair != "own":
-            continue  # drawn digits stand in for MNIST and MNIST-M only
-        adapt(run, pair)
+    """Every row that is wanted and not recorded yet."""
+    for pair in pairs_of(run.config):
+        moons(run) if pair == "moons" else adapt(run, pair)
 
 
 def project(features):
@@ -705,7 +716,9 @@ def figures(run, domains, networks):
 
 def main(arguments=None):
     """Command line; returns the exit status."""
-    return trainer.launch(__file__, Config, list(PAPER), evaluate, arguments)
+    def rows(config):
+        return [row for row in PAPER if row.split("/")[0] in pairs_of(config)]
+    return trainer.launch(__file__, Config, rows, evaluate, arguments)
 
 
 if __name__ == "__main__":

@@ -132,14 +132,19 @@ def load(name, root, device, size=None, streamed=None):
     else:
         raise InputError(f"unknown data set '{name}'; known: {', '.join(PACKED)}, imagenette, imagenet, "
                          f"{', '.join(DRAWN)}, folder:DIR")
+    return _resident(name, arrays, device, {name: digest_of(arrays)})
+
+
+def _resident(name, arrays, device, sha256, class_names=()):
+    """ImageSet of arrays in the order of KEYS, images NHWC."""
     x_train, y_train, x_test, y_test, *x_unlabeled = arrays
 
     def split(x, y):
         images = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).to(device)
         return Resident(images, torch.from_numpy(y.astype(np.int64)).to(device))
 
-    return ImageSet(name, split(x_train, y_train), split(x_test, y_test), int(y_train.max()) + 1,
-                    {name: digest_of(arrays)}, *(split(x, np.full(len(x), -1)) for x in x_unlabeled))
+    return ImageSet(name, split(x_train, y_train), split(x_test, y_test), int(y_train.max()) + 1, sha256,
+                    *(split(x, np.full(len(x), -1)) for x in x_unlabeled), class_names=class_names)
 
 
 # Packed sets: torchvision downloads and decodes, we keep one file
@@ -173,8 +178,7 @@ ADDRESS = {"cifar10": datasets.CIFAR10.url, "mnist": datasets.MNIST.mirrors[0],
            "stl10": datasets.STL10.url, "imagenette": datasets.Imagenette._ARCHIVES["full"][0]}
 
 
-def _check_arrays(arrays, name):
-    classes, shape = PACKED[name][:2]
+def _check_arrays(arrays, classes, shape):
     for x in arrays[::2]:
         if x.dtype != np.uint8 or x.shape[1:] != shape or len(x) == 0:
             raise ValueError(f"images {x.dtype} {x.shape}; expected uint8 (N, {shape})")
@@ -186,12 +190,16 @@ def _check_arrays(arrays, name):
 
 
 def _read_packed(name, root):
-    path = root / "packed" / f"{name}.npz"
+    return _packed(root / "packed" / f"{name}.npz", _keys(name), *PACKED[name][:2], lambda: _from_torchvision(name, root))
+
+
+def _packed(path, keys, classes, shape, make):
+    """The arrays of a packed file; one that is damaged is set aside, one that is not there is made."""
     if path.exists():
         try:
             with np.load(path, allow_pickle=False) as archive:
-                arrays = [archive[key] for key in _keys(name)]
-            _check_arrays(arrays, name)
+                arrays = [archive[key] for key in keys]
+            _check_arrays(arrays, classes, shape)
             return [array.astype(np.uint8) for array in arrays]  # so that labels of any type hash alike
         except Exception as error:  # rubbish can make numpy raise nearly anything
             aside = path.with_suffix(".npz.damaged")
@@ -200,10 +208,10 @@ def _read_packed(name, root):
                 path.replace(aside)
             except OSError:
                 raise InputError(f"{path} is damaged and cannot be moved away: delete it") from None
-    arrays = _from_torchvision(name, root)
-    _check_arrays(arrays, name)
+    arrays = make()
+    _check_arrays(arrays, classes, shape)
     buffer = io.BytesIO()
-    np.savez(buffer, **dict(zip(_keys(name), arrays)))
+    np.savez(buffer, **dict(zip(keys, arrays)))
     try:
         write_atomically(path, buffer.getbuffer())
     except OSError as error:
@@ -292,14 +300,15 @@ def _folder(name, root):
     return next((path for path in candidates if (path / "train").is_dir()), None)
 
 
-def decode(path, size):
-    """Image file -> uint8 (3,size,size): RGB, shorter side resized to size (antialiased bilinear), centre cropped."""
+def decode(path, size=None):
+    """Image file -> uint8 (3,size,size): RGB, shorter side resized to size (antialiased bilinear), centre cropped; (3,H,W)
+    as it is without a size."""
     try:
         with Image.open(path) as image:
             image = image.convert("RGB")
             if min(image.size) < 8:
                 raise InputError(f"image {path} is {image.size[0]} x {image.size[1]} pixels; at least 8 are needed")
-            if image.size != (size, size):
+            if size and image.size != (size, size):
                 scale = size / min(image.size)
                 width, height = (max(size, round(side * scale)) for side in image.size)
                 left, top = (width - size) // 2, (height - size) // 2
@@ -342,23 +351,27 @@ def _load_folder(name, root, device, size, streamed):
               else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     if streamed is None:
         streamed = (len(train) + len(test)) * 3 * size * size > RESIDENT_SHARE * memory
-    digest = hashlib.sha256(f"size {size}".encode())
-    splits = []
-    for listing in (train, test):
-        files = [path for path, _ in listing.samples]
-        labels = torch.tensor([label for _, label in listing.samples])
-        if streamed:  # reading a million files to hash them would take hours: names, sizes and labels stand for them
-            splits.append(Streamed(files, labels, size, device))
-            for path in files:
-                digest.update(f"{Path(path).relative_to(folder)} {os.path.getsize(path)}\n".encode())
-        else:
-            with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-                images = torch.stack(list(pool.map(lambda path: decode(path, size), files)))
-            digest.update(images.numpy())
-            digest.update(labels.numpy())
-            splits.append(Resident(images.to(device), labels.to(device)))
-    return ImageSet(name, *splits, len(train.classes), {name.split(":")[0]: digest.hexdigest()},
-                    class_names=tuple(train.classes))
+    labels = [torch.tensor([label for _, label in listing.samples]) for listing in (train, test)]
+    names = tuple(train.classes)
+    if streamed:  # reading a million files to hash them would take hours: names, sizes and labels stand for them
+        digest = hashlib.sha256(f"size {size}".encode())
+        for path, _ in (*train.samples, *test.samples):
+            digest.update(f"{Path(path).relative_to(folder)} {os.path.getsize(path)}\n".encode())
+        splits = [Streamed([path for path, _ in listing.samples], part, size, device)
+                  for listing, part in zip((train, test), labels)]
+        return ImageSet(name, *splits, len(names), {name.split(":")[0]: digest.hexdigest()}, class_names=names)
+
+    def decode_all():
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+            return [array for listing, part in zip((train, test), labels) for array in (
+                np.stack(list(pool.map(lambda sample: decode(sample[0], size).permute(1, 2, 0).numpy(), listing.samples))),
+                part.numpy())]
+
+    if name == "imagenette":  # published, so the same for ever; a user's own folder may change
+        arrays = _packed(root / "packed" / f"{folder.name}-at-{size}.npz", KEYS[:4], len(names), (size, size, 3), decode_all)
+    else:
+        arrays = decode_all()
+    return _resident(name, arrays, device, {name.split(":")[0]: digest_of(arrays)}, names)
 
 
 def digest_of(arrays):

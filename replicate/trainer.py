@@ -160,13 +160,14 @@ class Run:
     def augment(self, function, images, purpose, step):
         """function(images, generator), drawn in config.shards parts of the global batch, each with its own stream.
 
-        The parts, not the ranks, own the randomness: any number of ranks that divides config.shards sees the same.
+        function returns a tensor or several, with the images in the first dimension.  The parts, not the ranks, own the randomness: any number of ranks that divides config.shards sees the same.
         """
         count = self.config.shards // self.ranks
         first = step * self.config.shards + self.rank * count
         with torch.autocast(self.device.type, enabled=False):  # geometry in bfloat16 would be off by half a pixel
-            return torch.cat([function(part, self.stream(purpose, first + number, images.device))
-                              for number, part in enumerate(images.tensor_split(count)) if len(part)])
+            made = [function(part, self.stream(purpose, first + number, images.device))
+                    for number, part in enumerate(images.tensor_split(count)) if len(part)]
+        return torch.cat(made) if torch.is_tensor(made[0]) else [torch.cat(parts) for parts in zip(*made)]
 
     def shuffled(self, split, batch_size, purpose):
         """batches(first_step): this rank's share of an endless stream of shuffled (images, labels) of the split.
@@ -541,7 +542,7 @@ def launch(script, Config, rows, reproduce, arguments=None):
     3 training failed, 130 interrupted.
 
     script: the paper's file; the YAML of the same name lies beside it.
-    rows: every row the script knows, in the table's order.
+    rows: every row the script knows, in the table's order; or a function that names them for a config.
     """
     run = None
 
@@ -609,6 +610,7 @@ def _runs(script, Config, rows, options):
     if options.data == "embedded":
         overrides.append("dataset=embedded")
     config = resolve_config(Config, settings, options.scale, 0, overrides)
+    rows = rows(config) if callable(rows) else rows
     block = yaml.safe_load(settings.read_text(encoding="utf-8"))[options.scale] or {}
     try:
         seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else block.get("seeds", [0, 1, 2])

@@ -4,7 +4,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks: threads that wait for one another cost more than they bring
 
+import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -14,3 +16,48 @@ sys.path.insert(0, str(ROOT))
 def folders(tmp_path):
     """Options that keep a run's results and checkpoints inside the test's own folder."""
     return ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
+
+
+@pytest.fixture
+def write_packed():
+    """write(root, name, train, test, shape): packed noise under root; returns its arrays."""
+    def write(root, name="cifar10", train=40, test=20, shape=(32, 32, 3)):
+        (root / "packed").mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(0).integers(0, 256, (train + test, *shape), dtype=np.uint8)
+        arrays = {"x_train": noise[:train], "y_train": np.arange(train) % 10, "x_test": noise[train:],
+                  "y_test": np.arange(test) % 10}
+        np.savez(root / "packed" / f"{name}.npz", **arrays)
+        return arrays
+    return write
+
+
+NOT_DETERMINISTIC_ON_CUDA = ("AdaptiveAvgPool", "AdaptiveMaxPool", "Upsample", "GridSampler", "ReflectionPad",
+                             "ReplicationPad", "NllLoss2D", "Cumsum", "Bincount", "Median", "Kthvalue", "MaxPool3D",
+                             "FractionalMaxPool", "MaxUnpool", "EmbeddingBag", "CtcLoss", "PutBackward")
+
+
+class Graphs(list):
+    """The names of all operations in the autograd graph of each loss that went backward."""
+
+    def offenders(self):
+        """Those that have no deterministic CUDA kernel."""
+        return {name for names in self for name in names for bad in NOT_DETERMINISTIC_ON_CUDA if bad.lower() in name.lower()}
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Fills while training: so a machine without a GPU guards the GPU path of every real step of a script."""
+    graphs, backward = Graphs(), torch.Tensor.backward
+
+    def walk(loss, *rest):
+        nodes, waiting = set(), [loss.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node is not None and node not in nodes:
+                nodes.add(node)
+                waiting += [parent for parent, _ in node.next_functions]
+        graphs.append({node.name() for node in nodes})
+        return backward(loss, *rest)
+
+    monkeypatch.setattr(torch.Tensor, "backward", walk)
+    return graphs

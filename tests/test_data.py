@@ -17,15 +17,6 @@ from replicate.data import InputError
 
 
 
-def write_packed(root, name="cifar10", train=40, test=20, shape=(32, 32, 3)):
-    (root / "packed").mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(0)
-    arrays = {"x_train": random.integers(0, 256, (train, *shape), dtype=np.uint8), "y_train": np.arange(train) % 10,
-              "x_test": random.integers(0, 256, (test, *shape), dtype=np.uint8), "y_test": np.arange(test) % 10}
-    np.savez(root / "packed" / f"{name}.npz", **arrays)
-    return arrays
-
-
 def write_folder(root, classes=("cat", "dog"), counts=(6, 4), size=(40, 36), parts=("train", "test"), suffix="png"):
     random = np.random.default_rng(1)
     for part, count in zip(parts, counts):
@@ -46,7 +37,7 @@ def no_network(monkeypatch):
     monkeypatch.setattr(data, "_reachable", {})
 
 
-def test_a_packed_file_is_used_as_it_is(tmp_path):
+def test_a_packed_file_is_used_as_it_is(tmp_path, write_packed):
     arrays = write_packed(tmp_path)
     loaded = data.load("cifar10", tmp_path, "cpu")
     assert loaded.train.images.shape == (40, 3, 32, 32) and loaded.train.images.dtype == torch.uint8
@@ -69,7 +60,7 @@ def test_cifar10_is_the_published_one():
 
 
 @pytest.mark.parametrize("damage", ["cut", "shape", "type", "labels", "key", "rubbish"])
-def test_a_damaged_packed_file_is_set_aside_and_named(tmp_path, capsys, no_network, damage):
+def test_a_damaged_packed_file_is_set_aside_and_named(tmp_path, capsys, no_network, damage, write_packed):
     arrays = write_packed(tmp_path)
     path = tmp_path / "packed" / "cifar10.npz"
     content = path.read_bytes()
@@ -126,7 +117,7 @@ def test_an_unreachable_host_costs_little_and_names_both_ways_on(tmp_path, monke
 
 
 
-def test_scale_follows_the_data(tmp_path, no_network, monkeypatch):
+def test_scale_follows_the_data(tmp_path, no_network, monkeypatch, write_packed):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     scale, reason = trainer.pick_scale(["gidaris_rotation"], str(tmp_path))
     assert scale == "smoke" and str(tmp_path) in reason and "--data DIR" in reason

@@ -1,0 +1,427 @@
+"""The invariants of the domain-adversarial paper, cheap ones first; the last tests run the script on tiny sets."""
+import copy
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+from papers import dann
+from replicate import report, trainer
+from replicate.data import ImageSet, InputError, Resident
+
+SETTINGS = trainer.ROOT / "papers" / "dann.yaml"
+PAIR = "mnist-mnistm"
+
+
+def some_run(folder, **settings):
+    config = trainer.resolve_config(dann.Config, SETTINGS, "smoke", 0, [f"{key}={value}" for key, value in settings.items()])
+    return trainer.Run(dann.__file__, config, "smoke", "cpu", suite="smoke", results=folder, runs=folder)
+
+
+def some_images(count=20, channels=3, size=28, seed=0):
+    return torch.randint(0, 256, (count, channels, size, size), generator=torch.Generator().manual_seed(seed),
+                         dtype=torch.uint8)
+
+
+def some_domains(count=60):
+    """Two domains of noise, the target darker, ten classes."""
+    def image_set(seed, divisor):
+        split = Resident(some_images(count, seed=seed) // divisor, torch.arange(count) % 10)
+        return ImageSet("x", split, split, 10)
+    return dann.Domains(image_set(1, 1), image_set(2, 3), torch.full((3, 28, 28), 0.3))
+
+
+# The reversal
+def test_reversal_passes_features_and_turns_gradients_exactly():
+    features = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    head = nn.Linear(7, 1)
+
+    def gradients(strength):
+        x = features.clone().requires_grad_()
+        reversed_ = dann.reverse_gradient(x, strength) if strength is not None else x
+        assert torch.equal(reversed_, x)
+        head.zero_grad()
+        head(reversed_).square().sum().backward()
+        return x.grad, [parameter.grad.clone() for parameter in head.parameters()]
+
+    plain, head_plain = gradients(None)
+    for strength in (1.0, 0.5, 0.3, 0.0, -1.0):
+        turned, head_turned = gradients(strength)
+        assert torch.equal(turned, -strength * plain)
+        assert all(torch.equal(a, b) for a, b in zip(head_plain, head_turned))  # the domain head learns at full strength
+    x = features.clone().requires_grad_()
+    dann.reverse_gradient(dann.reverse_gradient(x, 1.0), 1.0).square().sum().backward()
+    assert torch.equal(x.grad, 2 * features)  # two reversals cancel
+
+
+def test_one_step_is_the_two_player_update(tmp_path):
+    """Features go down the label loss and up the domain loss, the domain head down the domain loss (Eq. 13 to 15)."""
+    config = some_run(tmp_path).config
+    torch.manual_seed(0)
+    model = dann.DomainAdversarialNetwork()
+    source, target = (some_images(8, seed=seed).float() / 255 for seed in (1, 2))
+    labels, strength = torch.arange(8), 0.7
+    losses = dann.adaptation_losses(model, source, target, labels, "dann", strength, config)
+    losses["loss"].backward()
+    plain = copy.deepcopy(model)
+    plain.zero_grad()
+    features = plain.features(torch.cat([source, target]))
+    label = F.cross_entropy(plain(source), labels)
+    domain = dann.domain_loss(*plain.domain_head(features).split([8, 8]))
+    named = dict(plain.named_parameters())
+    of_label = dict(zip(named, torch.autograd.grad(label, named.values(), allow_unused=True, retain_graph=True)))
+    of_domain = dict(zip(named, torch.autograd.grad(domain, named.values(), allow_unused=True)))
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[0]
+        wanted = {"features": lambda: of_label[name] - strength * of_domain[name], "label_head": lambda: of_label[name],
+                  "classifier": lambda: of_label[name], "domain_head": lambda: of_domain[name]}[part]()
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_schedules():
+    assert dann.reversal_strength(0) == 0 and dann.learning_rate(0) == 0.01
+    assert dann.reversal_strength(0.5) == pytest.approx(0.9866, abs=5e-5)
+    assert dann.reversal_strength(1) == pytest.approx(0.9999092, abs=5e-8)
+    assert dann.learning_rate(1) == pytest.approx(0.0016556, abs=5e-8)
+    for progress, strength, rate in ((0.1, 0.4621, 0.00595), (0.25, 0.8483, 0.00391), (0.75, 0.9989, 0.00201)):
+        assert dann.reversal_strength(progress) == pytest.approx(strength, abs=5e-5)
+        assert dann.learning_rate(progress) == pytest.approx(rate, abs=5e-6)
+    steps = [step / 100 for step in range(101)]
+    strengths, rates = [dann.reversal_strength(p) for p in steps], [dann.learning_rate(p) for p in steps]
+    assert strengths == sorted(set(strengths)) and rates == sorted(set(rates), reverse=True)
+
+
+# Network and losses
+def test_features_and_parameters_of_the_papers_network():
+    model = dann.DomainAdversarialNetwork()
+    assert model.features(torch.zeros(2, 3, 28, 28)).shape == (2, 768)
+    assert sum(p.numel() for p in model.features.parameters()) == 40_880
+    assert model(torch.zeros(2, 3, 28, 28)).shape == (2, 10) and model.domain_head(torch.zeros(2, 768)).shape == (2,)
+    assert not [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert dann.DomainAdversarialNetwork("digits", 5, 64)(torch.zeros(2, 3, 64, 64)).shape == (2, 5)
+    assert dann.DomainAdversarialNetwork("svhn")(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert dann.DomainAdversarialNetwork("signs", 43)(torch.zeros(2, 3, 40, 40)).shape == (2, 43)
+
+
+def test_losses_of_an_untrained_network_are_those_of_a_guess(tmp_path):
+    torch.manual_seed(0)
+    model = dann.DomainAdversarialNetwork()
+    images = [some_images(64, seed=seed).float() / 255 - 0.5 for seed in (1, 2)]
+    losses = dann.adaptation_losses(model, *images, torch.arange(64) % 10, "dann", 1.0, some_run(tmp_path).config)
+    losses = {name: value.detach() for name, value in losses.items()}
+    assert float(losses["label"]) == pytest.approx(math.log(10), abs=0.05)
+    assert float(losses["domain"]) == pytest.approx(2 * math.log(2), abs=0.05)
+    assert float(losses["loss"]) == pytest.approx(float(losses["label"] + losses["domain"]), abs=1e-6)
+
+
+def test_domain_loss_is_the_logistic_loss_of_both_domains():
+    source, target = torch.tensor([0.0, 1.0, -2.0]), torch.tensor([0.5, -1.0])
+    slow = (-(1 - source.sigmoid()).log()).mean() - target.sigmoid().log().mean()
+    assert float(dann.domain_loss(source, target)) == pytest.approx(float(slow), abs=1e-6)
+
+
+def test_mmd_and_coral_against_plain_definitions():
+    generator = torch.Generator().manual_seed(0)
+    source, target = torch.randn(12, 4, generator=generator), torch.randn(9, 4, generator=generator) + 1
+    joint = torch.cat([source, target])
+    width = sum(float((a - b).square().sum()) for a in joint for b in joint) / len(joint) ** 2
+
+    def kernel(xs, ys):
+        return sum(math.exp(-float((x - y).square().sum()) / (width * factor))
+                   for x in xs for y in ys for factor in (0.25, 0.5, 1, 2, 4)) / (len(xs) * len(ys))
+    slow = kernel(source, source) + kernel(target, target) - 2 * kernel(source, target)
+    assert float(dann.maximum_mean_discrepancy(source, target)) == pytest.approx(slow, abs=1e-4)
+    assert float(dann.maximum_mean_discrepancy(source, source)) == pytest.approx(0, abs=1e-5)
+    slow = float((torch.cov(source.T) - torch.cov(target.T)).square().sum()) / (4 * 16)
+    assert float(dann.coral_loss(source, target)) == pytest.approx(slow, rel=1e-4)
+    assert float(dann.coral_loss(source, source + 3)) == pytest.approx(0, abs=1e-8)  # means do not count
+
+
+def test_proxy_a_distance_of_equal_and_of_separable_samples():
+    generator = torch.Generator().manual_seed(0)
+    same = torch.randn(2, 1000, 5, generator=generator)
+    assert 0 <= dann.proxy_a_distance(*same, seed=0) < 0.25
+    assert dann.proxy_a_distance(same[0], same[0], seed=0) < 0.25
+    assert dann.proxy_a_distance(same[0], same[1] + 20, seed=0) == 2.0
+    between = dann.proxy_a_distance(same[0], same[1] + 0.7, seed=0)
+    assert 0.4 < between < 1.9
+
+
+def test_aligned_subspaces_of_one_domain_are_its_principal_components():
+    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([5, 3, 2, 1, 0.1, 0.1])
+    x = x - x.mean(0)
+    source, target = dann.align_subspaces(x, x, 3)
+    torch.testing.assert_close(source, target, atol=1e-4, rtol=1e-4)  # nothing to turn
+    torch.testing.assert_close(target.T @ target, torch.eye(3), atol=1e-4, rtol=1e-4)
+    assert float((x @ target).var(0).sum()) > 0.95 * float(x.var(0).sum())
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1))).Q
+    source, target = dann.align_subspaces(x, x @ turn, 3)
+    assert source.shape == target.shape == (6, 3)
+
+
+def test_gap_closed():
+    assert dann.gap_closed(50.0, 50.0, 90.0) == 0 and dann.gap_closed(50.0, 90.0, 90.0) == 100
+    assert dann.gap_closed(54.90, 73.85, 99.42) == pytest.approx(42.6, abs=0.05)  # the paper's column
+    assert dann.gap_closed(79.00, 88.65, 99.80) == pytest.approx(46.4, abs=0.05)
+
+
+# MNIST-M
+def test_blending_takes_the_difference_without_wrapping_around():
+    patches = some_images(6)
+    digits = torch.zeros(6, 1, 28, 28, dtype=torch.uint8)
+    digits[:, :, 5:20, 5:20] = 255
+    digits[:, :, 20:25] = 100
+    blended = dann.blend_digits(digits, patches)
+    assert blended.dtype == torch.uint8 and blended.shape == patches.shape
+    where = digits.expand_as(patches)
+    assert torch.equal(blended[where == 0], patches[where == 0])
+    assert torch.equal(blended[where == 255], 255 - patches[where == 255])
+    assert torch.equal(blended[where == 100].int(), (patches[where == 100].int() - 100).abs())
+    wrapped = patches - digits  # what uint8 would make of it
+    assert not torch.equal(blended, wrapped)
+
+
+def test_patches_come_from_where_they_say():
+    """On pictures that name themselves and their coordinates: every place is used, no patch leaves its picture."""
+    pictures = []
+    for number, (height, width) in enumerate(((40, 60), (60, 40), (28, 28))):
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        pictures.append(torch.stack([rows, columns, torch.full_like(rows, number)]).byte())
+    patches = dann.cut_patches(pictures, 600, 28, torch.Generator().manual_seed(0))
+    again = dann.cut_patches(pictures, 600, 28, torch.Generator().manual_seed(0))
+    assert torch.equal(patches, again) and patches.shape == (600, 3, 28, 28)
+    numbers = patches[:, 2, 0, 0]
+    assert numbers.bincount().min() > 150 and (patches[:, 2] == numbers[:, None, None]).all()
+    tops, lefts = patches[:, 0, 0, 0].int(), patches[:, 1, 0, 0].int()
+    assert torch.equal(patches[:, 0, :, 5].int(), tops[:, None] + torch.arange(28))
+    assert torch.equal(patches[:, 1, 7].int(), lefts[:, None] + torch.arange(28))
+    assert set(tops[numbers == 0].tolist()) == set(range(13)) and set(lefts[numbers == 0].tolist()) == set(range(33))
+    assert not tops[numbers == 2].any() and not lefts[numbers == 2].any()
+
+
+def write_backgrounds(root):
+    """Train backgrounds are red, test backgrounds green."""
+    for part, color in (("train", (200, 30, 40)), ("val", (30, 200, 40))):
+        folder = root / "BSDS500" / "data" / "images" / part
+        folder.mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (60, 50), color).save(folder / f"{number}.jpg", quality=95)
+
+
+def test_mnist_m_is_made_from_both_sets_with_separate_backgrounds(tmp_path, write_packed, monkeypatch):
+    monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
+    write_packed(tmp_path, "mnist", train=50, test=30, shape=(28, 28, 1))
+    write_backgrounds(tmp_path)
+    run = some_run(tmp_path)
+    mnist = run.load("mnist")
+    mnist.train.images[:, :, :2], mnist.test.images[:, :, :2] = 0, 0
+    made = dann.make_mnist_m(run, mnist)
+    assert made.train.images.shape == (50, 3, 28, 28) and torch.equal(made.train.labels, mnist.train.labels)
+    assert (made.train.images[:, 0, :2] > 150).all() and (made.train.images[:, 1, :2] < 80).all()  # red
+    assert (made.test.images[:, 1, :2] > 150).all() and (made.test.images[:, 0, :2] < 80).all()  # green
+    means = made.train.images.float().mean((0, 2, 3))
+    assert means.max() - means.min() > 5  # not grey
+    other = some_run(tmp_path / "other")
+    assert torch.equal(dann.make_mnist_m(other, mnist).train.images, made.train.images)
+    assert run.sha256.keys() == {"mnist", "mnist-m on BSDS500"}
+    assert run.sha256["mnist-m on BSDS500"] == other.sha256["mnist-m on BSDS500"]
+
+
+def test_without_bsds500_backgrounds_come_from_cifar10_and_the_record_says_so(tmp_path, write_packed, monkeypatch):
+    monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
+    write_packed(tmp_path, "mnist", shape=(28, 28, 1))
+    write_packed(tmp_path, "cifar10")
+    run = some_run(tmp_path)
+    dann.make_mnist_m(run, run.load("mnist"))
+    assert run.sha256.keys() == {"mnist", "cifar10", "mnist-m on CIFAR-10"}
+
+
+# Training
+def trained(folder, method, domains=None, **settings):
+    run = some_run(folder, **{"steps": 6, "batch_size": 16, **settings})
+    model, _ = dann.train(run, PAIR, domains or some_domains(), method)
+    return model, run
+
+
+def test_strength_zero_is_source_only_bit_for_bit(tmp_path):
+    source_only, _ = trained(tmp_path / "a", "source-only")
+    strength0, run = trained(tmp_path / "b", "strength0")
+    dann_model, _ = trained(tmp_path / "c", "dann", strength=5)
+    untrained = dann.build(run, PAIR, some_domains())
+    for part in ("features", "label_head", "classifier"):
+        pairs = list(zip(getattr(source_only, part).parameters(), getattr(strength0, part).parameters(),
+                         getattr(dann_model, part).parameters(), getattr(untrained, part).parameters()))
+        assert all(torch.equal(a, b) for a, b, _, _ in pairs)
+        assert not all(torch.equal(a, d) for a, _, _, d in pairs)  # it has learnt
+        assert part != "features" or not any(torch.equal(a, c) for a, _, c, _ in pairs)  # and DANN something else
+    assert not torch.equal(next(strength0.domain_head.parameters()), next(untrained.domain_head.parameters()))
+
+
+@pytest.mark.parametrize("method", dann.METHODS)
+def test_target_labels_reach_nothing(tmp_path, method):
+    """With the target's labels permuted, train and test, all weights are the same, bit for bit."""
+    domains = some_domains()
+    poisoned = some_domains()
+    shuffled = torch.randperm(60, generator=torch.Generator().manual_seed(5))
+    poisoned.target.train.labels = poisoned.target.train.labels[shuffled]
+    clean, _ = trained(tmp_path / "a", method, domains)
+    other, _ = trained(tmp_path / "b", method, poisoned)
+    assert all(torch.equal(a, b) for a, b in zip(clean.state_dict().values(), other.state_dict().values()))
+
+
+def test_rows_that_may_use_target_labels_do(tmp_path):
+    poisoned = some_domains()
+    poisoned.target.train.labels = (poisoned.target.train.labels + 1) % 10
+    for method in ("train-on-target", "finetuned"):
+        models = []
+        for name, domains in (("a", some_domains(120)), ("b", some_domains(120))):
+            if name == "b":
+                domains.target.train.labels = (domains.target.train.labels + 1) % 10
+            run = some_run(tmp_path / name, steps=3, finetune_steps=3, batch_size=16)
+            start = dann.build(run, PAIR, domains)
+            models.append(dann.train(run, PAIR, domains, method)[0] if method == "train-on-target"
+                          else dann.finetune(run, PAIR, domains, start)[0])
+        assert not torch.equal(models[0].classifier.bias, models[1].classifier.bias)
+
+
+def test_the_domains_are_shuffled_independently(tmp_path, monkeypatch):
+    """MNIST-M holds the digits of MNIST in the same order: one order for both would pair each digit with itself."""
+    orders = []
+
+    class Spy(Resident):
+        def batches(self, order):
+            seen = []
+            orders.append(seen)
+            for indices in order:
+                seen.append(indices.tolist())
+                yield self.images[indices], self.labels[indices]
+
+    domains = some_domains(600)
+    for image_set in (domains.source, domains.target):
+        image_set.train = Spy(image_set.train.images, image_set.train.labels)
+    monkeypatch.setattr(dann, "without_labels", lambda split: split)
+    trained(tmp_path, "dann", domains, steps=20)
+    source, target = orders
+    assert len(source) == len(target) == 20 and source[0] != target[0]
+    same = sum(a == b for x, y in zip(source, target) for a, b in zip(x, y))
+    assert same < 8  # of 320, about one in 600 by chance
+
+
+def test_features_and_loss_see_both_domains_through_one_transform():
+    mean = torch.rand(3, 28, 28)
+    images = some_images(4)
+    torch.testing.assert_close(dann.centred(images, mean), images / 255 - mean)
+    hidden = dann.without_labels(Resident(images, torch.arange(4)))
+    assert hidden.labels.tolist() == [-1] * 4 and hidden.images is images
+
+
+def test_moons_are_two_turned_classes():
+    points, labels = dann.two_moons(400, 0, torch.Generator().manual_seed(0))
+    turned, same = dann.two_moons(400, 35, torch.Generator().manual_seed(0))
+    assert torch.equal(labels, same) and labels.bincount().tolist() == [200, 200]
+    torch.testing.assert_close(points.norm(dim=1), turned.norm(dim=1), rtol=1e-4, atol=1e-4)
+    angle = (turned * points).sum(1) / points.norm(dim=1).square()
+    assert float(angle.mean()) == pytest.approx(math.cos(math.radians(35)), abs=1e-3)
+
+
+def test_tsne_keeps_two_clusters_apart():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(120, 10, generator=generator)
+    features[60:] += 8
+    places = dann.tsne(features, generator, perplexity=15, iterations=250)
+    near = torch.cdist(places, places).fill_diagonal_(math.inf).argmin(1)
+    assert places.shape == (120, 2) and ((near < 60) == (torch.arange(120) < 60)).float().mean() > 0.95
+    with pytest.raises(ValueError, match="2001 points"):
+        dann.tsne(torch.zeros(2001, 2), generator)
+
+
+# The script as a user meets it
+def test_every_scale_resolves_to_a_config_and_known_rows():
+    import fnmatch
+
+    import yaml
+    blocks = yaml.safe_load(SETTINGS.read_text())
+    assert set(trainer.SCALES) <= set(blocks)
+    for scale in trainer.SCALES:
+        trainer.resolve_config(dann.Config, SETTINGS, scale)
+        for glob in blocks[scale]["rows"]:
+            assert fnmatch.filter(dann.PAPER, glob), glob
+    literals = report.read_literals(trainer.ROOT / "papers" / "dann.py")
+    assert literals["PAPER"] == dann.PAPER and literals["CURVES"] == dann.CURVES
+
+
+def test_smoke_runs_every_row_and_keeps_to_deterministic_operations(tmp_path, folders, graphs):
+    """Every row of the scale on drawn digits, with its figures; the graph of every training step is walked."""
+    assert dann.main(["--scale", "smoke", "--set", "steps=5", "--set", "moons_epochs=2", "--set", "finetune_steps=2",
+                      *folders]) == 0
+    assert len(graphs) > 40 and not graphs.offenders()
+    (path,) = (tmp_path / "results").rglob("dann.jsonl")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = {record["row"] for record in records}
+    assert {row for row in dann.PAPER if row.startswith((PAIR, "moons"))} - rows <= {f"{PAIR}/dann/gap-closed"}
+    history = next(record["history"] for record in records if record["row"] == f"{PAIR}/dann")
+    assert set(history) == {"loss", "label", "domain"} and history["domain"][-1][0] == 5
+    names = {file.name for file in path.parent.iterdir()}
+    assert {"dann.md", "dann_digits.png", "dann_pca.png", "dann_tsne.png", "dann_learning.svg"} <= names
+
+
+def write_folder(root, classes=("cat", "dog"), counts=(24, 6), level=0):
+    for part, count in zip(("train", "test"), counts):
+        for index, name in enumerate(classes):
+            (root / part / name).mkdir(parents=True)
+            for number in range(count):
+                image = some_images(1, size=40, seed=number)[0] // 4 + 100 * index + level
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / part / name / f"{number}.png")
+    return root
+
+
+def own(source, target):
+    return ["--scale", "smoke", "--rows", "own/*", "--set", f"source=folder:{source}", "--set", f"target=folder:{target}",
+            "--set", "image_size=36", "--set", "steps=5", "--set", "batch_size=8"]
+
+
+def test_two_folders_of_ones_own_adapt(tmp_path, folders):
+    source, target = write_folder(tmp_path / "my photographs"), write_folder(tmp_path / "my sketches", level=50)
+    assert dann.main([*own(source, target), *folders]) == 0
+    (path,) = (tmp_path / "results").rglob("dann.jsonl")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = {record["row"] for record in records if record["status"] == "ok"}
+    assert {"own/source-only", "own/dann", "own/mmd", "own/coral", "own/finetuned10"} <= rows
+    assert len(records[0]["data"]) == 2  # both folders' hashes
+
+
+@pytest.mark.parametrize("case,message", [
+    ("other classes", "source and target have different classes: dog, fox"), ("empty", "no images in"),
+    ("one missing", "source and target go together"), ("missing", "no folder with train/<class>/ images"),
+])
+def test_bad_folders_get_one_line(tmp_path, folders, capsys, case, message):
+    source, target = write_folder(tmp_path / "a"), tmp_path / "b"
+    if case == "other classes":
+        write_folder(target, classes=("cat", "fox"))
+    elif case == "empty":
+        for part in ("train/cat", "train/dog", "test/cat", "test/dog"):
+            (target / part).mkdir(parents=True)
+    arguments = own(source, target)
+    if case == "one missing":
+        arguments = [word for word in arguments if not word.startswith("target=")]
+        arguments.pop(arguments.index("--set", 6))
+    assert dann.main([*arguments, *folders]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and len(error.splitlines()) == 1, error
+    assert not list((tmp_path / "results").rglob("*.jsonl"))
+
+
+def test_a_set_that_needs_another_package_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
+    (tmp_path / "train_32x32.mat").write_bytes(b"x")
+
+    def missing(*arguments, **options):
+        raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
+    monkeypatch.setattr("torchvision.datasets.SVHN.__init__", missing)
+    with pytest.raises(InputError, match="'svhn': torchvision needs the package scipy") as caught:
+        dann.load_set(some_run(tmp_path, dataset="mnist"), "svhn", 32)
+    assert len(str(caught.value).splitlines()) == 1
