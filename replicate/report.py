@@ -18,7 +18,7 @@ import sys
 from html import escape
 from pathlib import Path
 
-LITERALS = ("PAPER", "CLAIMS", "CURVES")
+LITERALS = ("PAPER", "CLAIMS", "CURVES", "COMPARABLE")
 SHARED_FILES = ("trainer.py", "data.py", "evaluate.py", "embedded.py")
 INDEX_TITLE = "# Results"
 COMPARABLE_SUITES = ("full", "paper")
@@ -54,7 +54,7 @@ def outline(node) -> str:
 def code_hashes(script: Path) -> dict[str, str]:
     """File name -> 12 hex digits of the SHA-256 of what its code does: the script, and the shared files beside papers/.
 
-    Comments, formatting, docstrings and the literals PAPER, CLAIMS and CURVES do not count. report.py only renders: not hashed.
+    Comments, formatting, docstrings and the LITERALS do not count. report.py only renders: not hashed.
     Raises SyntaxError for a file that does not parse.
     """
     script = script.resolve()
@@ -68,12 +68,13 @@ def code_hashes(script: Path) -> dict[str, str]:
 
 
 def read_literals(script: Path) -> dict:
-    """PAPER, CLAIMS and CURVES of a script (empty where it has none), "title" (docstring's first line) and "command".
+    """PAPER, CLAIMS and CURVES of a script (empty where it has none), COMPARABLE (the suites whose values may be compared with
+    the paper's; by default full and paper), "title" (docstring's first line) and "command".
 
     Raises SyntaxError, or ValueError where one of them is no literal of the right shape or names a row that PAPER lacks.
     """
     tree = ast.parse(script.read_bytes(), filename=str(script))
-    found = {"PAPER": {}, "CLAIMS": [], "CURVES": [], "command": f"python -m papers.{script.stem}",
+    found = {"PAPER": {}, "CLAIMS": [], "CURVES": [], "COMPARABLE": COMPARABLE_SUITES, "command": f"python -m papers.{script.stem}",
              "title": (ast.get_docstring(tree) or script.stem).split("\n")[0]}
     try:
         found.update({assigned_name(node): ast.literal_eval(node.value)
@@ -252,13 +253,16 @@ def render_paper(suite: str, literals: dict, rows: dict[str, dict], claims: list
     table = []
     for row, (published, where, confirmed) in literals["PAPER"].items():
         ours = rows[row]
+        if not (where or ours["values"] or ours["failed"]):
+            continue  # a row for users' own images, say: of no interest until it is run
         paper = "–" if published is None else f"{published}{'' if confirmed else '?'}"
         cell = "failed" if ours["failed"] else "not run"
         if ours["values"]:
             spread = "" if ours["sd"] is None else f" ± {ours['sd']:.2f}"
             cell = f"{ours['mean']:.2f}{'†' if ours['changed'] else ''}{spread} ({len(ours['values'])})"
         compared = bool(ours["values"]) and published is not None
-        notes = ["not comparable"] * (compared and suite not in COMPARABLE_SUITES) + ours["notes"]
+        metrics = sorted({record.get("metric", "accuracy") for record in ours["pooled"]} - {"accuracy"})
+        notes = metrics + ["not comparable"] * (compared and suite not in literals["COMPARABLE"]) + ours["notes"]
         command = f"{literals['command']} --scale {scale} --rows '{glob.escape(row)}'{where_from}"
         table.append([row, paper + (f" ({where})" if where else ""), cell,
                       f"{round(ours['mean'] - published, 2) + 0.0:+.2f}" if compared else "", "; ".join(notes),
@@ -272,7 +276,7 @@ def render_paper(suite: str, literals: dict, rows: dict[str, dict], claims: list
              f"{', on the image sets drawn by the code itself' if embedded else ''}. Made from [{stem}.jsonl]({stem}.jsonl) by "
              "`./run_all.sh tables`; no number is typed by hand.", ""]
     if pooled:
-        lines += [f"- Values: {distinct(record.get('metric') for record in pooled)}, in percent; "
+        lines += ["- Values: accuracy in percent unless a note names another measure; "
                   f"{distinct(record.get('selection') for record in pooled)} iterate, seeds {', '.join(map(str, seeds))}",
                   f"- Hardware: {distinct(hardware)}",
                   f"- Software: torch {distinct(record.get('torch') for record in pooled)}; "

@@ -507,7 +507,7 @@ def test_plan_writes_nothing_and_prints_minutes_and_memory(tmp_path, capsys, fol
     line = next(line for line in out.splitlines() if line.strip().startswith("rotnet4/conv") and "MB" in line)
     assert "min with its pre-training" in line and float(line.split()[1]) >= 0
     assert "minutes a seed" in out
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_an_experiment_does_not_mix_with_the_declared_protocol(monkeypatch, folders):
