@@ -225,8 +225,7 @@ def _from_torchvision(name, root):
     except RuntimeError:  # "Dataset not found or corrupted"
         pass
     except ImportError as error:
-        raise InputError(f"data set '{name}': torchvision needs the package {error.name} to unpack it, which is not one of "
-                         f"ours: install it once, or make {root / 'packed' / name}.npz elsewhere") from None
+        raise _needs_package(name, root, error) from None
     if not (root / RAW[name]).exists() and not reachable(ADDRESS[name]):  # raw archives are unpacked without a network
         raise InputError(f"no data set '{name}' in {root} and its host cannot be reached: give the folder that holds "
                          "it with --data DIR, or run on drawn images with --data embedded")
@@ -236,11 +235,18 @@ def _from_torchvision(name, root):
     try:
         root.mkdir(parents=True, exist_ok=True)
         return _torchvision(name, root, download=True)
+    except ImportError as error:
+        raise _needs_package(name, root, error) from None
     except (OSError, RuntimeError) as error:
         raise InputError(f"downloading '{name}' to {root} failed ({str(error).splitlines()[0]}): repeat, give the "
                          "folder that holds it with --data DIR, or use --data embedded") from None
     finally:
         socket.setdefaulttimeout(timeout)
+
+
+def _needs_package(name, root, error):
+    return InputError(f"data set '{name}': torchvision needs the package {error.name} to unpack it, which is not one of ours: "
+                      f"install it once, or make {root / 'packed' / name}.npz elsewhere")
 
 
 def reachable(address):

@@ -135,15 +135,16 @@ def first_per_class(labels, count):
     return torch.cat(chosen).sort().values
 
 
+def random_per_class(labels, count, seed):
+    """Indices (count * classes,) of `count` samples of every class, drawn by the seed; ValueError where a class has fewer."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
+    return order[first_per_class(labels[order], count)]
+
+
 def low_shot(train_x, train_y, test_x, test_y, shots, seed=0):
     """{k: linear-probe accuracy with k random labelled samples a class} for k in shots; drawn from train by the seed."""
-    order = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(seed)).to(train_y.device)
-    shuffled_x, shuffled_y = train_x[order], train_y[order]
-    result = {}
-    for k in shots:
-        chosen = first_per_class(shuffled_y, k)
-        result[k] = linear_probe(shuffled_x[chosen], shuffled_y[chosen], test_x, test_y, seed=seed)
-    return result
+    chosen = {k: random_per_class(train_y, k, seed) for k in shots}
+    return {k: linear_probe(train_x[chosen[k]], train_y[chosen[k]], test_x, test_y, seed=seed) for k in shots}
 
 
 def fingerprint(module):

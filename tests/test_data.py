@@ -152,10 +152,31 @@ def test_streamed_and_resident_give_the_same_batches(tmp_path):
     assert len(streamed) == 2 and streamed.labels.tolist() == [0, 1]
 
 
-def test_imagenette_is_found_under_any_size(tmp_path):
+def test_imagenette_is_found_under_any_size_and_decoded_once(tmp_path, monkeypatch, capsys):
     write_folder(tmp_path / "imagenette2-128", classes=("n01", "n02"), parts=("train", "val"))
     loaded = data.load("imagenette", tmp_path, "cpu", size=32)
     assert len(loaded.train) == 12 and len(loaded.test) == 8 and data.available("imagenette", tmp_path) == "disk"
+    assert loaded.class_names == ("n01", "n02") and loaded.train.images.shape == (12, 3, 32, 32)
+    packed = tmp_path / "packed" / "imagenette2-128-at-32.npz"
+    decode, calls = data.decode, []
+    monkeypatch.setattr(data, "decode", lambda *arguments: calls.append(1) or decode(*arguments))
+    again = data.load("imagenette", tmp_path, "cpu", size=32)
+    assert not calls and torch.equal(again.train.images, loaded.train.images) and again.sha256 == loaded.sha256
+    packed.write_bytes(packed.read_bytes()[:1000])
+    mended = data.load("imagenette", tmp_path, "cpu", size=32)
+    assert len(calls) == 20 and mended.sha256 == loaded.sha256 and "is damaged" in capsys.readouterr().out
+    assert data.load("imagenette", tmp_path, "cpu", size=24).train.images.shape == (12, 3, 24, 24)  # a file of its own
+
+
+def test_an_unlabelled_part_is_for_pre_training(tmp_path, write_packed):
+    arrays = write_packed(tmp_path, "stl10", shape=(96, 96, 3))
+    arrays["x_unlabeled"] = arrays["x_train"][:7]
+    np.savez(tmp_path / "packed" / "stl10.npz", **arrays)
+    loaded = data.load("stl10", tmp_path, "cpu")
+    assert len(loaded.unlabeled) == 7 and loaded.unlabeled.labels.tolist() == [-1] * 7 and len(loaded.train) == 40
+    write_packed(tmp_path, "cifar10")
+    plain = data.load("cifar10", tmp_path, "cpu")
+    assert plain.unlabeled is plain.train
 
 
 BROKEN = [("truncated", "cannot be read"), ("text", "cannot be read"), ("tiny", "is 4 x 4 pixels")]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision.transforms import functional as image_functional
 
 from papers import gidaris_rotation as rotation
 from replicate import evaluate, report, trainer
@@ -228,15 +229,15 @@ def test_claims_and_curves_are_literals_that_name_known_rows():
 
 
 # Short training, straight on the pure functions
-def train_rotation(images, steps, batch=48, seed=0):
+def train_rotation(images, steps, batch=48, seed=0, rotate=rotation.rotate_four_ways, ways=4):
     torch.manual_seed(seed)
-    model = rotation.NetworkInNetwork(2, width=0.125).to(memory_format=torch.channels_last)
+    model = rotation.NetworkInNetwork(2, ways, width=0.125).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     for step in range(steps):
         generator = trainer.stream(seed, "test", step)
         batch_images = images[torch.randint(len(images), (batch,), generator=generator)]
         batch_images = rotation.crop_and_flip(batch_images, generator)
-        turned, labels = rotation.rotate_four_ways(batch_images)
+        turned, labels = rotate(batch_images)
         result = rotation.rotation_loss(model(normalize(turned)), labels)
         optimizer.zero_grad()
         result["loss"].backward()
@@ -244,8 +245,8 @@ def train_rotation(images, steps, batch=48, seed=0):
     return model.eval(), float(result["loss"].detach())
 
 
-def rotation_hits(model, images):
-    turned, labels = rotation.rotate_four_ways(images)
+def rotation_hits(model, images, rotate=rotation.rotate_four_ways):
+    turned, labels = rotate(images)
     with torch.no_grad():
         return 100 * float((model(normalize(turned)).argmax(1) == labels).float().mean())
 
@@ -256,6 +257,19 @@ def test_noise_teaches_nothing():
     held_out = rotation.crop_and_flip(some_images(1000, seed=2), torch.Generator().manual_seed(0))
     deviation = 100 * math.sqrt(0.25 * 0.75 / 1000)  # the four copies of an image share one mistake at worst
     assert abs(rotation_hits(model, held_out) - 25) < 4 * deviation
+
+
+def test_smooth_noise_does_not_give_eighth_turns_away():
+    """Leak test for deviation 2: noise as smooth as photographs looks the same in all directions, so neither corners nor the
+    blur of the turn by 45 degrees may lift accuracy above chance."""
+    def smooth(count, seed):
+        noise = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+        blurred = image_functional.gaussian_blur(noise, [13, 13], [2.0, 2.0])
+        return (blurred / blurred.std() * 50 + 128).clamp(0, 255).round().byte()
+
+    model, _ = train_rotation(smooth(2000, 1), 60, rotate=rotation.rotate_eight_ways, ways=8)
+    deviation = 100 * math.sqrt(0.125 * 0.875 / 1000)
+    assert abs(rotation_hits(model, smooth(1000, 2), rotation.rotate_eight_ways) - 12.5) < 4 * deviation
 
 
 def test_a_bright_top_half_is_learnt_in_a_few_steps():

@@ -249,6 +249,46 @@ def tiny_fit(run, steps, learning_rate=0.1, purpose="tiny"):
     return model
 
 
+def test_learning_curves_cover_every_step_and_survive_a_stop(tmp_path, monkeypatch):
+    trace = torch.arange(120.0)[None]
+    curves = trainer.learning_curves(["loss"], trace)["loss"]
+    assert len(curves) == 50 and curves[-1][0] == 120 and [step for step, _ in curves] == sorted({s for s, _ in curves})
+    starts = [0] + [step for step, _ in curves]
+    assert all(mean == pytest.approx((first + last - 1) / 2) for first, (last, mean) in zip(starts, curves))
+    whole = make_run(tmp_path / "a")
+    tiny_fit(whole, 30)
+    assert [step for step, _ in whole.history["tiny"]["loss"]] == list(range(1, 31))
+    stopped = make_run(tmp_path / "b")
+    agree = trainer.Run._agree_to_stop
+    monkeypatch.setattr(trainer.Run, "_agree_to_stop", lambda run, step, steps: step == 17)
+    with pytest.raises(trainer.Interrupted):
+        tiny_fit(stopped, 30)
+    monkeypatch.setattr(trainer.Run, "_agree_to_stop", agree)
+    for _ in range(2):  # resumed; then finished already
+        again = make_run(tmp_path / "b")
+        tiny_fit(again, 30)
+        assert again.history == whole.history
+    again.record("rotnet4/conv", 50.0, steps=30, seconds=1, history=again.history["tiny"])
+    assert again.value("rotnet4/conv") == 50.0 and again.value("random/conv") is None
+    assert again.records[-1]["history"]["loss"] == whole.history["tiny"]["loss"]
+
+
+def test_augmentation_may_return_several_tensors_and_does_not_depend_on_ranks(tmp_path):
+    def crops(images, generator):
+        return images[:, :, :2], torch.rand(len(images), generator=generator)
+
+    images = torch.arange(8.0 * 16).view(8, 1, 4, 4)
+    one = make_run(tmp_path, shards=4)
+    views, numbers = one.augment(crops, images, "x", 3)
+    assert views.shape == (8, 1, 2, 4) and torch.equal(views, images[:, :, :2]) and numbers.unique().numel() == 8
+    halves = []
+    for rank in range(2):
+        half = make_run(tmp_path, shards=4)
+        half.rank, half.ranks = rank, 2
+        halves.append(half.augment(crops, images[4 * rank:4 * rank + 4], "x", 3)[1])
+    assert torch.equal(torch.cat(halves), numbers)
+
+
 @pytest.mark.parametrize("damage", ["cut", "rubbish", "empty", "foreign"])
 def test_a_bad_checkpoint_is_set_aside_and_made_anew(tmp_path, capsys, damage):
     expected = tiny_fit(make_run(tmp_path), 5).weight.clone()
