@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from papers import dann
+from replicate import data as image_data
 from replicate import report, trainer
 from replicate.data import ImageSet, InputError, Resident
 
@@ -30,8 +31,8 @@ def some_images(count=20, channels=3, size=28, seed=0):
 def some_domains(count=60):
     """Two domains of noise, the target darker, ten classes."""
     def image_set(seed, divisor):
-        split = Resident(some_images(count, seed=seed) // divisor, torch.arange(count) % 10)
-        return ImageSet("x", split, split, 10)
+        return ImageSet("x", *(Resident(some_images(count, seed=seed + part) // divisor, torch.arange(count) % 10)
+                               for part in (0, 10)), 10)
     return dann.Domains(image_set(1, 1), image_set(2, 3), torch.full((3, 28, 28), 0.3))
 
 
@@ -59,7 +60,7 @@ def test_reversal_passes_features_and_turns_gradients_exactly():
 
 
 def test_one_step_is_the_two_player_update(tmp_path):
-    """Features go down the label loss and up the domain loss, the domain head down the domain loss (Eq. 13 to 15)."""
+    """Features go down the label loss and up the domain loss, the domain head goes down the domain loss."""
     config = some_run(tmp_path).config
     torch.manual_seed(0)
     model = dann.DomainAdversarialNetwork()
@@ -158,9 +159,16 @@ def test_aligned_subspaces_of_one_domain_are_its_principal_components():
     torch.testing.assert_close(source, target, atol=1e-4, rtol=1e-4)  # nothing to turn
     torch.testing.assert_close(target.T @ target, torch.eye(3), atol=1e-4, rtol=1e-4)
     assert float((x @ target).var(0).sum()) > 0.95 * float(x.var(0).sum())
-    turn = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1))).Q
-    source, target = dann.align_subspaces(x, x @ turn, 3)
-    assert source.shape == target.shape == (6, 3)
+    basis = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1))).Q
+    angle = math.radians(20)
+    turn = torch.eye(6)
+    turn[:2, :2] = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    x, other = x @ basis, x @ turn @ basis  # the same cloud, turned within the plane of its first two axes
+    source, target = dann.align_subspaces(x, other, 3)
+    plain = torch.linalg.norm(x @ target - other @ target)
+    assert torch.linalg.norm(x @ source - other @ target) <= plain * 1.001 and source.shape == target.shape == (6, 3)
+    torch.testing.assert_close(source @ source.T, (lambda p: p @ p.T @ target @ target.T @ p @ p.T)(
+        torch.linalg.svd(x, full_matrices=False).Vh[:3].T), atol=1e-3, rtol=1e-3)  # whatever the signs of the axes
 
 
 def test_gap_closed():
@@ -264,18 +272,43 @@ def test_strength_zero_is_source_only_bit_for_bit(tmp_path):
 @pytest.mark.parametrize("method", dann.METHODS)
 def test_target_labels_reach_nothing(tmp_path, method):
     """With the target's labels permuted, train and test, all weights are the same, bit for bit."""
-    domains = some_domains()
     poisoned = some_domains()
     shuffled = torch.randperm(60, generator=torch.Generator().manual_seed(5))
-    poisoned.target.train.labels = poisoned.target.train.labels[shuffled]
-    clean, _ = trained(tmp_path / "a", method, domains)
+    for split in (poisoned.target.train, poisoned.target.test):
+        split.labels = split.labels[shuffled]
+    clean, _ = trained(tmp_path / "a", method)
     other, _ = trained(tmp_path / "b", method, poisoned)
     assert all(torch.equal(a, b) for a, b in zip(clean.state_dict().values(), other.state_dict().values()))
 
 
+def test_target_labels_only_count_hits_in_subspace_alignment(tmp_path, monkeypatch):
+    """The classifier is fitted on source labels: with the target's all wrong, accuracy is what is left of 100 %."""
+    run, domains = some_run(tmp_path), some_domains(200)
+    model = dann.build(run, PAIR, domains).eval()
+    fitted = []
+    probe = dann.frozen.linear_probe
+    monkeypatch.setattr(dann.frozen, "linear_probe", lambda x, y, *test, **options: fitted.append(y) or probe(x, y, *test, **options))
+    dann.subspace_alignment(run, model, domains, domains.source.train, dann.without_labels(domains.target.train),
+                            domains.target.test)
+    assert len(fitted) == 1 and fitted[0] is domains.source.train.labels
+
+
+def test_discrepancies_are_computed_in_full_precision(tmp_path):
+    """Under autocast, as in training, MMD and CORAL are what they are without it."""
+    config = some_run(tmp_path).config
+    torch.manual_seed(0)
+    model = dann.DomainAdversarialNetwork()
+    seen = []
+    images = [some_images(16, seed=seed).float() / 255 for seed in (1, 2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.label_head(model.features(torch.cat(images))).float().detach()
+        for method in ("mmd", "coral"):
+            seen.append(float(dann.adaptation_losses(model, *images, torch.arange(16) % 10, method, 1.0, config)["domain"].detach()))
+    own, other = hidden.split([16, 16])
+    assert seen == pytest.approx([float(dann.maximum_mean_discrepancy(own, other)), float(dann.coral_loss(own, other))], rel=1e-4)
+
+
 def test_rows_that_may_use_target_labels_do(tmp_path):
-    poisoned = some_domains()
-    poisoned.target.train.labels = (poisoned.target.train.labels + 1) % 10
     for method in ("train-on-target", "finetuned"):
         models = []
         for name, domains in (("a", some_domains(120)), ("b", some_domains(120))):
@@ -324,8 +357,21 @@ def test_moons_are_two_turned_classes():
     turned, same = dann.two_moons(400, 35, torch.Generator().manual_seed(0))
     assert torch.equal(labels, same) and labels.bincount().tolist() == [200, 200]
     torch.testing.assert_close(points.norm(dim=1), turned.norm(dim=1), rtol=1e-4, atol=1e-4)
+    centres = torch.stack([points[labels == k].mean(0) for k in (0, 1)])
+    torch.testing.assert_close(centres, torch.tensor([[-1.0, 0.77], [1.0, -0.77]]), atol=0.25, rtol=0)  # radius 2
+    radii = (points[labels == 0] - torch.tensor([-1.0, -0.5])).norm(dim=1)
+    assert float(radii.mean()) == pytest.approx(2, abs=0.05) and 0.05 < float(radii.std()) < 0.15
     angle = (turned * points).sum(1) / points.norm(dim=1).square()
     assert float(angle.mean()) == pytest.approx(math.cos(math.radians(35)), abs=1e-3)
+
+
+def test_the_toy_learns_its_source_and_adapts(tmp_path):
+    """100 epochs of the moons: source only stays where it was; the adapted network gains on the turned moons."""
+    run = some_run(tmp_path, moons_epochs=100)
+    run.scale_rows = ["*"]
+    dann.moons(run)
+    values = {record["row"]: record["value"] for record in run.records}
+    assert 60 < values["moons/source-only"] < 97 and values["moons/dann"] > values["moons/source-only"] + 2
 
 
 def test_tsne_keeps_two_clusters_apart():
@@ -384,6 +430,63 @@ def own(source, target):
             "--set", "image_size=36", "--set", "steps=5", "--set", "batch_size=8"]
 
 
+def test_a_ready_made_mnist_m_is_used(tmp_path, write_packed, monkeypatch):
+    monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
+    write_packed(tmp_path, "mnist", shape=(28, 28, 1))
+    folder = write_folder(tmp_path / "mnist_m", classes=[str(digit) for digit in range(10)], counts=(2, 1))
+    run = some_run(tmp_path, dataset="mnist", mnist_m=folder)
+    domains = dann.load_data(run, PAIR)
+    assert domains.target.train.images.shape == (20, 3, 28, 28) and run.sha256.keys() == {"mnist", "mnist-m"}
+
+
+def test_a_run_over_several_pairs_resumes_in_the_middle(tmp_path, write_packed, monkeypatch, folders):
+    """Stopped in the second pair, it goes on there: what was done before neither changes identities nor is done again."""
+    monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
+    write_packed(tmp_path, "mnist", shape=(28, 28, 1))
+    write_packed(tmp_path, "usps", shape=(16, 16, 1))
+    arguments = ["--scale", "small", "--seeds", "0", "--rows", "*usps*/source-only", "--device", "cpu"]
+    for key, value in dict(usps_steps=6, batch_size=8, precision="float32").items():
+        arguments += ["--set", f"{key}={value}"]
+    agree, calls = trainer.Run._agree_to_stop, []
+
+    def stop(run, step, steps):
+        calls.append(step)
+        return len(calls) == 10  # the fourth step of the second pair
+
+    def records(folder):
+        lines = [json.loads(line) for path in folder.rglob("*.jsonl") for line in path.read_text().splitlines()]
+        return [(line["row"], line["value"], line["data"], line["history"]) for line in lines]
+
+    monkeypatch.setattr(trainer.Run, "_agree_to_stop", stop)
+    assert dann.main([*arguments, *folders]) == 130
+    monkeypatch.setattr(trainer.Run, "_agree_to_stop", lambda run, step, steps: calls.append(step) or False)
+    assert dann.main([*arguments, *folders]) == 0
+    assert calls == [1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6]  # no step twice
+    monkeypatch.setattr(trainer.Run, "_agree_to_stop", agree)
+    whole = ["--results", str(tmp_path / "whole"), "--runs", str(tmp_path / "runs2")]
+    assert dann.main([*arguments, *whole]) == 0
+    assert records(tmp_path / "whole") == records(tmp_path / "results") and len(records(tmp_path / "whole")) == 2
+
+
+def test_a_pair_whose_data_is_missing_does_not_stop_the_others(tmp_path, write_packed, monkeypatch, folders, capsys):
+    monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
+    monkeypatch.setattr(image_data, "reachable", lambda address: False)
+    write_packed(tmp_path, "mnist", shape=(28, 28, 1))
+    write_packed(tmp_path, "cifar10")
+    assert dann.main(["--scale", "paper", "--seeds", "0", "--rows", "*/source-only", "--set", "steps=2", "--set", "batch_size=8",
+                      "--device", "cpu", *folders]) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1 and "svhn" in error and "synsigns" in error
+    (path,) = (tmp_path / "results").rglob("dann.jsonl")
+    assert [json.loads(line)["row"] for line in path.read_text().splitlines()] == ["mnist-mnistm/source-only"]
+
+
+def test_plan_times_every_row_and_writes_nothing(tmp_path, folders, capsys):
+    assert dann.main(["--scale", "smoke", "--plan", *folders]) == 0
+    out = capsys.readouterr().out
+    assert "minutes a seed" in out and out.count("with its pre-training") >= 15 and not list(tmp_path.iterdir())
+
+
 def test_two_folders_of_ones_own_adapt(tmp_path, folders):
     source, target = write_folder(tmp_path / "my photographs"), write_folder(tmp_path / "my sketches", level=50)
     assert dann.main([*own(source, target), *folders]) == 0
@@ -422,6 +525,10 @@ def test_a_set_that_needs_another_package_says_so(tmp_path, monkeypatch):
     def missing(*arguments, **options):
         raise ModuleNotFoundError("No module named 'scipy'", name="scipy")
     monkeypatch.setattr("torchvision.datasets.SVHN.__init__", missing)
-    with pytest.raises(InputError, match="'svhn': torchvision needs the package scipy") as caught:
-        dann.load_set(some_run(tmp_path, dataset="mnist"), "svhn", 32)
-    assert len(str(caught.value).splitlines()) == 1
+    for there in (True, False):  # before and after a download
+        if not there:
+            (tmp_path / "train_32x32.mat").unlink()
+            monkeypatch.setattr(image_data, "reachable", lambda address: True)
+        with pytest.raises(InputError, match="'svhn': torchvision needs the package scipy") as caught:
+            dann.load_set(some_run(tmp_path, dataset="mnist"), "svhn", 32)
+        assert len(str(caught.value).splitlines()) == 1
