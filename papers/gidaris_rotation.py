@@ -512,30 +512,13 @@ def rotation_accuracy(run, model, degrees, test):
     return 100.0 * hits / count
 
 
-def frozen_probes(run, encoder, wanted, train, test):
-    """{(block, kind): percent} for the wanted pairs, kind "linear" or "knn", on maps averaged to probe_cells a side.
-
-    linear: logistic regression on standardised features, penalty chosen on a tenth of train.  knn: 20 neighbours by cosine
-    similarity s, votes weighted by exp(s / 0.07).  Images as they are, no augmentation.
-    """
-    blocks = sorted({block for block, _ in wanted})
-
-    def encode(images):
-        maps = encoder.maps(central(run.config, images), blocks[-1])
-        return torch.cat([frozen.average_cells(maps[block - 1], run.config.probe_cells) for block in blocks], 1)
-
+def frozen_maps(run, encoder):
+    """maps(images) of all blocks of a frozen encoder, for the plain probes."""
+    def maps(images):
+        with run.autocast():
+            return encoder.maps(central(run.config, images), len(encoder.blocks))
     encoder.eval()
-    with run.autocast():
-        widths = [frozen.average_cells(each, run.config.probe_cells).shape[1]
-                  for each in encoder.maps(central(run.config, next(frozen.pieces(test, 2))), blocks[-1])]
-        train_x, test_x = (frozen.extract_features(encode, split).split([widths[block - 1] for block in blocks], 1)
-                           for split in (train, test))
-    values = {}
-    for block, kind in wanted:
-        arguments = train_x[blocks.index(block)], train.labels, test_x[blocks.index(block)], test.labels
-        values[block, kind] = (frozen.linear_probe(*arguments, seed=run.seed) if kind == "linear"
-                               else frozen.knn_accuracy(*arguments))
-    return values
+    return maps
 
 
 def classify(run, purpose, encoder, heads, data, train, *, epochs, drops, rate, finetune=False):
@@ -663,8 +646,9 @@ def evaluate(run, data):
         wanted = {row: rows[row] for row in run.wanted(*rows)}
         if wanted:
             encoder, seconds = trunk(name)
-            values, own = run.measure(
-                lambda train, test: frozen_probes(run, encoder, list(wanted.values()), train, test), data.train, data.test)
+            values, own = run.measure(lambda train, test: frozen.block_probes(
+                frozen_maps(run, encoder), train, test, list(wanted.values()), config.probe_cells, run.seed),
+                data.train, data.test)
             for row, pair in wanted.items():
                 run.record(row, values[pair], steps=0, seconds=seconds + own)
     if "rotnet4" in trunks and run.seed == 0 and run.rank == 0 and not run.plan:

@@ -125,6 +125,36 @@ def mean_average_precision(scores, targets):
     return 100.0 * float(torch.stack(precisions).mean())
 
 
+def block_probes(maps, train, test, wanted, cells=4, seed=0):
+    """{(block, kind): test accuracy in percent} for the wanted pairs, on feature maps averaged to at most cells x cells.
+
+    maps(images (B,C,H,W)) -> [feature map of block 1, of block 2, ...]; blocks count from 1; train and test are splits.
+    kind: "linear" (logistic regression on all of train), "knn" (20 neighbours), "labels5" (logistic regression on five
+    images a class, drawn by the seed; any number).  Images as they are, no augmentation.
+    """
+    blocks = sorted({block for block, _ in wanted})
+
+    def encode(images):
+        made = maps(images)
+        return [average_cells(made[block - 1], cells) for block in blocks]
+
+    with torch.no_grad():
+        widths = [features.shape[1] for features in encode(next(pieces(test, 2)))]
+    train_x, test_x = (extract_features(lambda images: torch.cat(encode(images), 1), split).split(widths, 1)
+                       for split in (train, test))
+    values = {}
+    for block, kind in wanted:
+        x, y, *held_out = train_x[blocks.index(block)], train.labels, test_x[blocks.index(block)], test.labels
+        if kind == "linear":
+            values[block, kind] = linear_probe(x, y, *held_out, seed=seed)
+        elif kind == "knn":
+            values[block, kind] = knn_accuracy(x, y, *held_out)
+        else:
+            count = int(kind.removeprefix("labels"))
+            values[block, kind] = low_shot(x, y, *held_out, shots=[count], seed=seed)[count]
+    return values
+
+
 def first_per_class(labels, count):
     """Indices (count * classes,) of the first `count` samples of every class, in the order of the data."""
     classes = int(labels.max()) + 1

@@ -51,20 +51,41 @@ def outline(node) -> str:
     return f"{type(node).__name__}({','.join(filled)})"
 
 
+def defined_names(node: ast.stmt) -> set[str]:
+    """The names that a statement of a module defines: a function's, a class's, a constant's; of any other statement none."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return {node.name}
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+
+
+def used_names(node: ast.AST) -> set[str]:
+    return {part.id if isinstance(part, ast.Name) else part.attr if isinstance(part, ast.Attribute) else part.name
+            for part in ast.walk(node) if isinstance(part, (ast.Name, ast.Attribute, ast.alias))}
+
+
 def code_hashes(script: Path) -> dict[str, str]:
     """File name -> 12 hex digits of the SHA-256 of what its code does: the script, and the shared files beside papers/.
 
-    Comments, formatting, docstrings and the LITERALS do not count. report.py only renders: not hashed.
+    Of the shared files counts what the script may reach: the definitions it names, those that these name, and so on (by name
+    alone, so rather too many). So what is added for another paper marks no number of this one. Comments, formatting,
+    docstrings and the LITERALS do not count, nor does report.py, which only renders.
     Raises SyntaxError for a file that does not parse.
     """
     script = script.resolve()
     shared = [script.parent.parent / "replicate" / name for name in SHARED_FILES]
-    hashes = {}
-    for path in [script, *filter(Path.exists, shared)]:
-        module = ast.parse(path.read_bytes(), filename=str(path))
-        module.body = [node for node in module.body if assigned_name(node) not in LITERALS]
-        hashes[path.name] = hashlib.sha256(outline(module).encode("utf-8", "surrogatepass")).hexdigest()[:12]
-    return hashes
+    bodies = {path: [node for node in ast.parse(path.read_bytes(), filename=str(path)).body
+                     if assigned_name(node) not in LITERALS and not isinstance(node, ast.If)]  # if __name__ == "__main__"
+              for path in [script, *filter(Path.exists, shared)]}
+    names, reached = set(), list(bodies[script])
+    reached += [node for body in bodies.values() for node in body if not defined_names(node)]  # imports
+    waiting = [node for path, body in bodies.items() if path != script for node in body if defined_names(node)]
+    while reached:
+        names.update(*map(used_names, reached))
+        reached = [node for node in waiting if defined_names(node) & names]
+        waiting = [node for node in waiting if node not in reached]
+    return {path.name: hashlib.sha256(outline(ast.Module([node for node in body if node not in waiting], [])).encode(
+        "utf-8", "surrogatepass")).hexdigest()[:12] for path, body in bodies.items()}
 
 
 def read_literals(script: Path) -> dict:

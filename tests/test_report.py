@@ -31,6 +31,10 @@ CURVES = [("depth", "Depth & accuracy", "depth", "accuracy (%)", {"ours": [(10, 
 def train(images):
     """Train."""
     return images + 1
+
+
+def start():
+    return trainer.fit(embedded.draw())
 '''
 
 
@@ -187,6 +191,24 @@ def test_only_what_the_code_does_enters_its_hash(project):
     script.write_text(SCRIPT.replace("images + 1", "images + 2"))
     assert code_hashes(script)["demo.py"] != before["demo.py"]
     assert code_hashes(script)["trainer.py"] == before["trainer.py"]
+
+
+def test_of_the_shared_files_only_what_the_script_reaches_counts(project):
+    script, shared = project / "papers/demo.py", project / "replicate/trainer.py"
+    shared.write_text("STEPS = 3\n\ndef fit():\n    return helper()\n\ndef helper():\n    return STEPS\n")
+    before = code_hashes(script)
+    text = shared.read_text()
+    for addition in ("def unused():\n    return 1\n", "OTHER = 5\n", 'if __name__ == "__main__":\n    fit()\n'):
+        shared.write_text(text + "\n" + addition)
+        assert code_hashes(script) == before, addition
+    for old, new in (("STEPS = 3", "STEPS = 4"), ("return STEPS", "return STEPS + 1"), ("helper()", "helper() + 1")):
+        shared.write_text(text.replace(old, new, 1))
+        assert code_hashes(script)["trainer.py"] != before["trainer.py"], new
+    shared.write_text(text + "\ndef unused():\n    return 1\n")
+    (project / "replicate/embedded.py").write_text("def more():\n    unused()\n")
+    assert code_hashes(script)["trainer.py"] == before["trainer.py"]  # reached from nowhere that is reached
+    script.write_text(script.read_text() + "\n\ndef late():\n    trainer.unused()\n")
+    assert code_hashes(script)["trainer.py"] != before["trainer.py"]
 
 
 def test_a_literal_inside_a_function_does_enter_the_hash(project):
