@@ -313,7 +313,8 @@ def load_data(run, pair):
     size = run.config.image_size if pair == "own" else NETWORKS[network][0]
     source, target = load_set(run, source_name, size), load_set(run, target_name, size)
     odd = sorted(set(source.class_names) ^ set(target.class_names))
-    trainer.require(not odd or not source.class_names or not target.class_names, f"source and target have different classes: {', '.join(odd[:5])}")
+    trainer.require(not odd or not source.class_names or not target.class_names,
+                    f"source and target have different classes: {', '.join(odd[:5])}")
     trainer.require(source.classes == target.classes, f"source has {source.classes} classes, target {target.classes}")
     total = sum(split.images.sum(0, dtype=torch.int64) for split in (source.train, target.train))
     return Domains(source, target, total / (255 * (len(source.train) + len(target.train))))
@@ -500,8 +501,8 @@ def finetune(run, pair, domains, model):
     return model, seconds
 
 
-# Evaluation: target labels are read here only
-def accuracy(model, domains, split):
+# Evaluation: target labels are read here only.  Every measure is a function of (run, model, domains, splits).
+def accuracy(run, model, domains, split):
     """Percent of a split's images whose class is told right."""
     return frozen.accuracies(lambda images: {"class": model(centred(images, domains.mean))}, split)["class"]
 
@@ -511,7 +512,7 @@ def encode(model, domains, split, head=lambda features: features):
     return frozen.extract_features(lambda images: head(model.features(centred(images, domains.mean))), split)
 
 
-def domain_accuracy(model, domains, source, target):
+def domain_accuracy(run, model, domains, source, target):
     """Percent of the images of two splits whose domain is told right, mean of the two domains."""
     scores = [encode(model, domains, split, lambda features: model.domain_head(features)[:, None]) for split in (source, target)]
     return 50 * float((scores[0] < 0).float().mean() + (scores[1] > 0).float().mean())
@@ -530,6 +531,11 @@ def proxy_a_distance(source, target, seed):
     half = count // 2 * 2
     error = 1 - frozen.linear_probe(x[:half], y[:half], x[half:], y[half:], seed=seed) / 100
     return 2 * (1 - 2 * min(error, 1 - error))
+
+
+def a_distance(run, model, domains, source, target):
+    """Proxy A-distance of the features of two splits."""
+    return proxy_a_distance(encode(model, domains, source), encode(model, domains, target), run.seed)
 
 
 def principal_axes(features, count):
@@ -577,25 +583,13 @@ def adapt(run, pair):
             networks[method][0].eval()
         return networks[method]
 
-    def right(model, split):
-        return accuracy(model, domains, split)
-
-    def distance(model, *splits):
-        return proxy_a_distance(*(encode(model, domains, split) for split in splits), run.seed)
-
-    def separation(model, *splits):
-        return domain_accuracy(model, domains, *splits)
-
-    def aligned(model, *splits):
-        return subspace_alignment(run, model, domains, *splits)
-
-    tests = source.test, target.test
-    table = [(method, method, right, tests[1:], "accuracy") for method in (*METHODS, "train-on-target", f"finetuned{LABELS}")]
-    table += [("subspace-alignment", "source-only", aligned, (source.train, target.train, target.test), "accuracy"),
-              ("dann/domain-accuracy", "dann", separation, tests, "accuracy")]
+    # name of the row, network, measure, splits, its name
+    table = [(method, method, accuracy, [target.test], "accuracy") for method in (*METHODS, "train-on-target", f"finetuned{LABELS}")]
+    table += [("subspace-alignment", "source-only", subspace_alignment, [source.train, target.train, target.test], "accuracy"),
+              ("dann/domain-accuracy", "dann", domain_accuracy, [source.test, target.test], "accuracy")]
     for method in ("source-only", "dann"):
-        table += [(f"{method}/source-accuracy", method, right, tests[:1], "accuracy"),
-                  (f"{method}/a-distance", method, distance, tests, "A-distance")]
+        table += [(f"{method}/source-accuracy", method, accuracy, [source.test], "accuracy"),
+                  (f"{method}/a-distance", method, a_distance, [source.test, target.test], "A-distance")]
     for name, method, function, splits, metric in table:
         row = f"{pair}/{name}"
         if row not in wanted:
@@ -604,7 +598,7 @@ def adapt(run, pair):
             run.say(f"seed {run.seed}  {row}: left out, a class has fewer than {LABELS} target images")
             continue
         model, seconds = network(method)
-        value, own = run.measure(lambda *splits: function(model, *splits), *splits)
+        value, own = run.measure(lambda *splits: function(run, model, domains, *splits), *splits)
         run.record(row, value, steps=total_steps(run.config, pair) + run.config.finetune_steps * method.startswith("finetuned"),
                    seconds=seconds + own, metric=metric, history=run.history.get(f"{pair}/{method}") if name == method else None)
     known = [run.value(f"{pair}/{method}") for method in ("source-only", "dann", "train-on-target")]
@@ -752,7 +746,7 @@ def figures(run, domains, networks):
     """Digits of both domains; what the features of both look like without (left) and with adaptation (right)."""
     pairs = torch.stack([domains.source.train.images[:32], domains.target.train.images[:32]], 1).flatten(0, 1)
     save_image(pairs.float() / 255, run.suite / f"{run.paper}_digits.png", nrow=16, padding=1)
-    count = min(500, len(domains.source.test), len(domains.target.test))
+    count = min(300, len(domains.source.test), len(domains.target.test))
     colors = torch.tensor([[0.1, 0.3, 0.9], [0.9, 0.2, 0.1]]).repeat_interleave(count, 0)  # source blue, target red
     order = torch.randperm(2 * count, generator=run.stream("figures"))  # neither domain covers the other
     panels = {"pca": [], "tsne": []}

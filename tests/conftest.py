@@ -26,6 +26,8 @@ def write_packed():
         noise = np.random.default_rng(0).integers(0, 256, (train + test, *shape), dtype=np.uint8)
         arrays = {"x_train": noise[:train], "y_train": np.arange(train) % 10, "x_test": noise[train:],
                   "y_test": np.arange(test) % 10}
+        if name == "stl10":
+            arrays["x_unlabeled"] = noise[::2]
         np.savez(root / "packed" / f"{name}.npz", **arrays)
         return arrays
     return write

@@ -1,0 +1,705 @@
+"""Doersch, Gupta, Efros (ICCV 2015): Unsupervised Visual Representation Learning by Context Prediction.
+
+Claim: to say where one patch of a photograph lies relative to another, a network has to learn what objects look like.
+
+Method.  Nine patches are cut from an image on a 3 x 3 grid.  The network sees two of them, the middle one and a neighbour,
+and tells which of the eight neighbouring places the second takes relative to the first; a guess costs ln 8.  Each patch goes
+through the same encoder alone, and the two meet late, by concatenation.  Networks look for easier ways: lines and textures
+that run on from patch to patch, the lens's colour fringes, brightness.  So there is a gap of half a patch between the
+patches, their places jitter, colours are projected or dropped, contrast is normalised, some patches are pixelated; the
+audit rows take each of these away again.
+
+Deviations
+ 1. Pairs always hold the middle patch, in both orders, so that the eight answers are exactly equally frequent; in the
+    released code all adjacent patches are paired, and the best constant answer is right in 15 %.
+ 2. Images of 96 or 128 pixels, patches of 22 or 30, and a network of that size, at scales small and full; gap and jitter keep
+    the paper's proportions.  Scale paper has the paper's patches and AlexNet, on ImageNet decoded to squares of 448 pixels,
+    where the paper draws a new size for every image.
+ 3. Batch-norm without scale and shift in every layer at scales small and full; in the paper from the third convolution on.
+ 4. SGD with Nesterov momentum 0.9, warm-up and cosine on the mean loss; the paper's plain solver took four weeks.
+ 5. Colour dropping as the paper says (noise of a hundredth of the kept channel's deviation), the channel drawn for each patch,
+    as in the released code.
+ 6. Evaluation: the paper fine-tunes for detection on VOC.  Ours: plain probes on the feature maps of whole images,
+    few labels, fine-tuning, and the paper's retrieval of patches.
+ 7. Convolutions and matrix products run in bfloat16 (--set precision=float32 for the original's); all else in float32.
+ 8. Left out: VOC detection, surface normals (NYUv2), visual data mining.
+ 9. Scale small: less training and a narrower network (see the YAML); values are not comparable, claims are.
+
+    python -m papers.doersch_context --scale small        # Imagenette, about 20 minutes a seed on two CPU cores
+    python -m papers.doersch_context --scale full         # Imagenette, one data-centre GPU
+    torchrun --nproc_per_node=8 -m papers.doersch_context --scale paper        # ImageNet, AlexNet
+"""
+import copy
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torchvision.utils import make_grid, save_image
+
+from replicate import evaluate as frozen
+from replicate import trainer
+
+# row -> (the paper's value, where, False if only remembered).  A row is named network/layer/probe or audit/variant/measure.
+PAPER = {
+    "context/position-accuracy": (40.3, "ImageNet val, chance 12.5", True),
+    "context/conv1/linear": (16.2, "ImageNet, from a survey", True),
+    "context/conv2/linear": (23.3, "ImageNet, from a survey", True),
+    "context/conv3/linear": (30.2, "ImageNet, from a survey", True),
+    "context/conv4/linear": (31.7, "ImageNet, from a survey", True),
+    "context/conv5/linear": (29.6, "ImageNet, from a survey", True),
+    "random/conv1/linear": (11.6, "ImageNet, from a survey", True),
+    "random/conv2/linear": (17.1, "ImageNet, from a survey", True),
+    "random/conv3/linear": (16.9, "ImageNet, from a survey", True),
+    "random/conv4/linear": (16.3, "ImageNet, from a survey", True),
+    "random/conv5/linear": (14.1, "ImageNet, from a survey", True),
+    "supervised/conv1/linear": (19.3, "ImageNet, from a survey", True),
+    "supervised/conv2/linear": (36.3, "ImageNet, from a survey", True),
+    "supervised/conv3/linear": (44.2, "ImageNet, from a survey", True),
+    "supervised/conv4/linear": (48.3, "ImageNet, from a survey", True),
+    "supervised/conv5/linear": (50.5, "ImageNet, from a survey", True),
+    "context/conv4/knn": (None, "not in the paper", True),
+    "random/conv4/knn": (None, "control", True),
+    "supervised/conv4/knn": (None, "control", True),
+    "context/finetuned": (None, "not in the paper", True),
+    "supervised": (None, "control", True),
+    "context/finetuned/labels1": (None, "not in the paper", True),
+    "context/finetuned/labels5": (None, "not in the paper", True),
+    "context/finetuned/labels20": (None, "not in the paper", True),
+    "context/finetuned/labels100": (None, "not in the paper", True),
+    "supervised/labels1": (None, "control", True),
+    "supervised/labels5": (None, "control", True),
+    "supervised/labels20": (None, "control", True),
+    "supervised/labels100": (None, "control", True),
+    "context/conv4/labels1": (None, "not in the paper", True),
+    "context/conv4/labels5": (None, "not in the paper", True),
+    "context/conv4/labels20": (None, "not in the paper", True),
+    "context/conv4/labels100": (None, "not in the paper", True),
+    "random/conv4/labels1": (None, "control", True),
+    "random/conv4/labels5": (None, "control", True),
+    "random/conv4/labels20": (None, "control", True),
+    "random/conv4/labels100": (None, "control", True),
+    "context/retrieval": (None, "the paper shows pictures, chance 10", True),
+    "random/retrieval": (None, "control", True),
+    "supervised/retrieval": (None, "control", True),
+    "audit/as-is/position-accuracy": (None, "chance 12.5", True),
+    "audit/projection/position-accuracy": (None, "chance 12.5", True),
+    "audit/no-gap/position-accuracy": (None, "chance 12.5", True),
+    "audit/no-jitter/position-accuracy": (None, "chance 12.5", True),
+    "audit/no-normalization/position-accuracy": (None, "chance 12.5", True),
+    "audit/no-pixelation/position-accuracy": (None, "chance 12.5", True),
+    "audit/no-color-handling/position-accuracy": (None, "chance 12.5", True),
+    "audit/aberration/position-accuracy": (None, "fringes, no colour handling", True),
+    "audit/aberration-dropping/position-accuracy": (None, "fringes, colours dropped", True),
+    "audit/aberration-projection/position-accuracy": (None, "fringes, colours projected", True),
+    "audit/one-patch/position-accuracy": (None, "the second patch alone", True),
+    "audit/as-is/conv4/linear": (None, "same budget as the rows below", True),
+    "audit/projection/conv4/linear": (None, "", True),
+    "audit/no-gap/conv4/linear": (None, "short-cut open", True),
+    "audit/no-jitter/conv4/linear": (None, "short-cut open", True),
+    "audit/no-normalization/conv4/linear": (None, "short-cut open", True),
+    "audit/no-pixelation/conv4/linear": (None, "short-cut open", True),
+    "audit/no-color-handling/conv4/linear": (None, "short-cut open", True),
+    "audit/aberration/conv4/linear": (None, "short-cut open", True),
+    "audit/aberration-dropping/conv4/linear": (None, "short-cut closed", True),
+    "audit/aberration-projection/conv4/linear": (None, "short-cut partly closed", True),
+}
+
+# (id, row, sign, other row, margin in points, statement, where)
+CLAIMS = [
+    ("beats-random", "context/conv4/linear", ">", "random/conv4/linear", 2.0, "Context features beat random ones, linear probe",
+     "survey's table"),
+    ("last-falls", "context/conv4/linear", ">", "context/conv5/linear", 0.0, "The best layer is not the last", "survey's table"),
+    ("few-labels", "context/finetuned/labels20", ">", "supervised/labels20", 0.0,
+     "With 20 labels a class pre-training beats training from scratch", "ours"),
+    ("retrieval", "context/retrieval", ">", "random/retrieval", 0.0, "Nearest patches share the class more often than by random features",
+     "figure of nearest neighbours"),
+    ("gap-matters", "audit/no-gap/position-accuracy", ">", "audit/as-is/position-accuracy", 2.0,
+     "Without the gap the pretext task gets easier", "the method"),
+    ("fringes-show", "audit/aberration/position-accuracy", ">", "audit/no-color-handling/position-accuracy", 2.0,
+     "Colour fringes give the place away where colours are left alone", "the method"),
+    ("dropping-hides-fringes", "audit/aberration-dropping/position-accuracy", "<", "audit/as-is/position-accuracy", -2.0,
+     "With colours dropped, fringes add less than 2 points", "the method"),
+    ("one-patch-does-not-tell", "audit/one-patch/position-accuracy", "<", "audit/as-is/position-accuracy", 5.0,
+     "One patch alone does not tell its place", "the method"),
+]
+
+# (file suffix, title, x axis, y axis, {line: [(x, row)] or (row, scalar)})
+CURVES = [
+    ("low_label", "Test accuracy with few labels", "labels a class", "accuracy, %", {
+        "context, fine-tuned": [(1, "context/finetuned/labels1"), (5, "context/finetuned/labels5"),
+                                (20, "context/finetuned/labels20"), (100, "context/finetuned/labels100")],
+        "from scratch": [(1, "supervised/labels1"), (5, "supervised/labels5"), (20, "supervised/labels20"),
+                         (100, "supervised/labels100")],
+        "context, conv4 frozen": [(1, "context/conv4/labels1"), (5, "context/conv4/labels5"), (20, "context/conv4/labels20"),
+                                  (100, "context/conv4/labels100")],
+        "random, conv4 frozen": [(1, "random/conv4/labels1"), (5, "random/conv4/labels5"), (20, "random/conv4/labels20"),
+                                 (100, "random/conv4/labels100")]}),
+    ("pretext", "Loss of the pretext task (a guess costs 2.079)", "step", "loss", {"context": ("context/position-accuracy", "loss")}),
+]
+
+COMPARABLE = ("paper",)
+
+VARIANTS = {  # audit: name -> settings that differ
+    "as-is": {}, "projection": {"colors": "projection"}, "no-gap": {"gap": 0}, "no-jitter": {"jitter": 0},
+    "no-normalization": {"normalization": False}, "no-pixelation": {"pixelation": 0.0}, "no-color-handling": {"colors": "all"},
+    "aberration": {"colors": "all", "aberration": True}, "aberration-dropping": {"aberration": True},
+    "aberration-projection": {"colors": "projection", "aberration": True}, "one-patch": {"one_patch": True},
+}
+LABELS = (1, 5, 20, 100)  # a class
+
+
+@dataclass
+class Config:
+    """Settings of a run.  Lengths in pixels of an image of image_size."""
+    seed: int
+    dataset: str = "imagenette"
+    image_size: int = 128               # ours: the paper's images have 150,000 to 450,000 pixels
+    streamed: bool = False              # decode files on the fly rather than keep them on the device
+    network: str = "small"              # "small" (ours) or "alexnet" (paper)
+    width: float = 1.0                  # channels, as a fraction of the network's
+    patch: int = 30                     # paper: 96
+    gap: int = 15                       # paper: 48, half a patch
+    jitter: int = 2                     # paper: 7, to either side
+    colors: str = "dropping"            # paper: "dropping" or "projection"; "all" leaves them alone
+    pixelation: float = 1 / 3           # official code: share of patches that are pixelated
+    normalization: bool = True          # official code: contrast of each patch
+    fringe: float = 0.02                # ours: what the audit scales the green channel by
+    batch_size: int = 256               # ours: images, each in 16 pairs
+    pretext_epochs: float = 200.0       # ours
+    audit_epochs: float = 40.0          # ours
+    pretext_rate: float = 0.1           # ours
+    supervised_epochs: float = 60.0     # ours: from scratch and fine-tuned, however few the labels
+    supervised_rate: float = 0.1        # ours
+    finetune_rate: float = 0.03         # ours
+    warmup: float = 0.05                # ours: share of the steps
+    momentum: float = 0.9               # ours
+    weight_decay: float = 1e-4          # ours: official code 0
+    probe_cells: int = 4                # ours: linear and k-NN probes see maps of at most 4 x 4
+    precision: str = "bfloat16"         # ours: multiplications only; parameters and losses stay float32
+    deterministic: bool = True          # ours
+    shards: int = 8                     # ours: parts of a batch with random streams of their own; ranks divide it
+
+    def __post_init__(self):
+        for name in ("image_size", "width", "patch", "batch_size", "probe_cells", "shards"):
+            trainer.require(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
+        for name, known in (("precision", ("bfloat16", "float32")), ("colors", ("dropping", "projection", "all")),
+                            ("network", ("small", "alexnet"))):
+            trainer.require(getattr(self, name) in known, f"{name} must be one of {', '.join(known)}, not '{getattr(self, name)}'")
+        span = 3 * self.patch + 2 * self.gap + 2 * self.jitter
+        trainer.require(self.image_size >= span, f"image_size {self.image_size}: three patches of {self.patch}, two gaps of "
+                        f"{self.gap} and jitter {self.jitter} need {span} pixels")
+        trainer.require(self.patch >= 16, f"patch {self.patch}: the network needs at least 16 pixels")
+        trainer.require(self.momentum < 1, f"momentum must be below 1, not {self.momentum}")
+        for name in ("pixelation", "warmup"):
+            trainer.require(getattr(self, name) <= 1, f"{name} is a share, at most 1, not {getattr(self, name)}")
+        for name, value in vars(self).items():
+            if name.endswith("_epochs"):
+                trainer.require(value > 0, f"{name} must be above 0, not {value}")
+
+
+# Data: the test split is only ever counted on
+def load_data(run):
+    """The ImageSet of the config; images too small for the patches are refused."""
+    config = run.config
+    data = run.load(config.dataset, config.image_size, config.streamed or None)
+    side = data.train.images.shape[-1] if hasattr(data.train, "images") else config.image_size
+    trainer.require(side == config.image_size, f"images of '{config.dataset}' have {side} pixels: --set image_size={side}, with "
+                    "patch, gap and jitter to match")
+    return data
+
+
+# The idea: where does this patch lie?
+def neighbor_position(row, column):
+    """0..7, row by row without the centre, of a neighbour's place in the 3 x 3 grid; ValueError for the centre or outside."""
+    if not (0 <= row <= 2 and 0 <= column <= 2) or (row, column) == (1, 1):
+        raise ValueError(f"row {row}, column {column} is no neighbour of the centre of a 3 x 3 grid")
+    place = 3 * row + column
+    return place - (place > 4)
+
+
+def cut_patches(images, patch, gap, jitter, generator):
+    """(N,C,H,W) -> (patches (N,9,C,p,p), corners (N,9,2)): a 3 x 3 grid of patches at a random place of each image.
+
+    Neighbours' corners lie patch + gap apart, give or take the jitter of each (-jitter..jitter on both axes), and all patches
+    lie inside the image (Sec. 3).  corners: row and column of each patch's first pixel.  Raises ValueError where the
+    grid does not fit.
+    """
+    count, pitch = len(images), patch + gap
+    span = 3 * patch + 2 * gap + 2 * jitter
+    room = torch.tensor([side - span + 1 for side in images.shape[-2:]])
+    if room.min() < 1:
+        raise ValueError(f"images of {images.shape[-2]} x {images.shape[-1]} pixels; patches of {patch}, gaps of {gap} and "
+                         f"jitter {jitter} need {span}")
+    device = images.device
+    phase = (torch.rand(count, 1, 2, generator=generator, device=device) * room.to(device)).long()
+    moved = torch.randint(2 * jitter + 1, (count, 9, 2), generator=generator, device=device)
+    grid = torch.cartesian_prod(torch.arange(3), torch.arange(3)).to(device)  # (9, 2)
+    corners = phase + pitch * grid + moved  # (N, 9, 2)
+    window = torch.arange(patch, device=device)
+    rows, columns = (corners[..., axis, None] + window for axis in (0, 1))  # (N, 9, p)
+    samples = torch.arange(count, device=device)[:, None, None, None]
+    patches = images[samples, :, rows[..., :, None], columns[..., None, :]]  # (N, 9, p, p, C)
+    return patches.permute(0, 1, 4, 2, 3), corners
+
+
+def drop_colors(patches, generator):
+    """(...,3,p,p) float -> the same with one random channel of each patch kept, less its mean, and the others replaced by
+    Gaussian noise of a hundredth of its standard deviation (Sec. 3)."""
+    shape = patches.shape
+    patches = patches.flatten(0, -4)
+    kept = torch.randint(3, (len(patches), 1, 1, 1), generator=generator, device=patches.device)
+    channel = patches.gather(1, kept.expand(-1, 1, *shape[-2:]))
+    channel = channel - channel.mean((2, 3), keepdim=True)
+    noise = torch.randn(patches.shape, generator=generator, device=patches.device)
+    noise = noise * channel.std((2, 3), keepdim=True) / 100
+    positions = torch.arange(3, device=patches.device).view(1, 3, 1, 1)
+    return torch.where(positions == kept, channel, noise).view(shape)
+
+
+def project_green_magenta(images):
+    """(...,3,H,W) float -> the same without what lies along green - magenta, a = (-1, 2, -1): each pixel times
+    I - a'a / (a a') (Sec. 3).  Grey stays."""
+    axis = torch.tensor([-1.0, 2.0, -1.0], device=images.device)
+    matrix = torch.eye(3, device=images.device) - axis[:, None] * axis / axis.square().sum()
+    return torch.einsum("ij,...jhw->...ihw", matrix, images)
+
+
+def resampling_matrix(size, scale):
+    """(size, size): linear interpolation at positions scaled about the middle, held at the borders."""
+    positions = ((torch.arange(size) - (size - 1) / 2) / scale + (size - 1) / 2).clamp(0, size - 1)
+    below = positions.floor().clamp(max=size - 2).long()
+    weight = positions - below
+    matrix = torch.zeros(size, size)
+    rows = torch.arange(size)
+    matrix[rows, below] = 1 - weight
+    matrix[rows, below + 1] += weight
+    return matrix
+
+
+def add_fringes(images, amount):
+    """(N,3,H,W) float -> the same with the green channel magnified by 1 + amount about the middle: a lens's colour fringes,
+    for the audit."""
+    rows, columns = (resampling_matrix(side, 1 + amount).to(images.device) for side in images.shape[-2:])
+    green = rows @ images[:, 1] @ columns.T
+    return torch.stack([images[:, 0], green, images[:, 2]], 1)
+
+
+def pixelation_matrices(size):
+    """(size + 1, size, size): matrix s averages `size` pixels down to s and interpolates back up; the first two do nothing."""
+    identity = torch.eye(size)
+    made = [F.interpolate(F.adaptive_avg_pool1d(identity[None], side), size, mode="linear")[0].T for side in range(2, size + 1)]
+    return torch.stack([identity, identity, *made])
+
+
+def pixelate(patches, share, matrices, generator):
+    """(N,9,3,p,p) float -> the same with a share of the patches at a lower resolution, a tenth of the side to all of it, areas
+    equally likely (official code).  matrices: pixelation_matrices(p)."""
+    size, device = patches.shape[-1], patches.device
+    least = max(2, round(size * 10 / 96))
+    drawn = torch.rand(2, *patches.shape[:2], generator=generator, device=device)
+    sides = (least ** 2 + drawn[0] * ((size - 1) ** 2 - least ** 2)).sqrt().round().long()
+    chosen = matrices[torch.where(drawn[1] < share, sides, size)][:, :, None]  # (N, 9, 1, p, p); the last one does nothing
+    return chosen @ patches @ chosen.mT
+
+
+def normalize_contrast(patches):
+    """(...,C,p,p) -> mean 0 and root mean square 1 for each patch; a patch without contrast becomes 0 (official code)."""
+    centred = patches - patches.mean((-3, -2, -1), keepdim=True)
+    return centred / centred.square().mean((-3, -2, -1), keepdim=True).sqrt().clamp_min(0.01)
+
+
+def prepare(patches, config, matrices, generator):
+    """(N,9,3,p,p) in 0..1 -> what the network sees: pixelation, colours, contrast."""
+    if config.pixelation:
+        patches = pixelate(patches, config.pixelation, matrices, generator)
+    if config.colors == "dropping":
+        patches = drop_colors(patches, generator)
+    elif config.colors == "projection":
+        patches = project_green_magenta(patches)
+    return normalize_contrast(patches) if config.normalization else (patches - 0.5 * (config.colors != "dropping")) / 0.25
+
+
+def whole(images, config):
+    """What the network sees of whole images (N,3,S,S) uint8 in the probes: contrast as for patches, colours projected if they
+    were in pre-training, never dropped."""
+    images = images.float() / 255
+    images = project_green_magenta(images) if config.colors == "projection" else images
+    images = normalize_contrast(images) if config.normalization else (images - 0.5) / 0.25
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def pairs_with_centre(embeddings):
+    """(N,9,D) -> (first (16N,D), second (16N,D), positions (16N,)): each neighbour after the centre, then the centre after each
+    neighbour; turned round, position l becomes 7 - l."""
+    count, device = len(embeddings), embeddings.device
+    neighbours = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8], device=device)
+    around = embeddings[:, neighbours].flatten(0, 1)  # (8N, D)
+    centre = embeddings[:, 4].repeat_interleave(8, 0)
+    positions = torch.arange(8, device=device).repeat(count)
+    return torch.cat([centre, around]), torch.cat([around, centre]), torch.cat([positions, 7 - positions])
+
+
+# Networks
+class LocalResponseNorm(nn.Module):
+    """x / (1 + 1e-4 / 5 sum of squares over 5 channels)^0.75; torch's own has no deterministic backward on a GPU."""
+
+    def forward(self, x):
+        squares = F.pad(x.float().square(), (0, 0, 0, 0, 2, 2))
+        near = sum(squares[:, shift:shift + x.shape[1]] for shift in range(5))
+        return x / (1 + 1e-4 / 5 * near).pow(0.75).to(x.dtype)
+
+
+NETWORKS = {  # (channels, kernel, stride, batch-norm, pooling, local response norm) of conv1 to conv5; units of fc6 and of the head
+    "small": (((64, 5, 2, True, True, False), (192, 3, 1, True, True, False), (384, 3, 1, True, False, False),
+               (256, 3, 1, True, False, False), (256, 3, 1, True, False, False)), 512, 512),
+    "alexnet": (((96, 11, 4, False, True, True), (256, 5, 1, False, True, True), (384, 3, 1, True, False, False),
+                 (384, 3, 1, True, False, False), (256, 3, 1, True, True, False)), 4096, 4096),
+}
+
+
+class PatchEncoder(nn.Module):
+    """conv1 to conv5 and fc6, for one patch alone: (N,3,p,p) -> (N,D).  `maps` gives what every convolution puts out, also for
+    whole images."""
+
+    def __init__(self, network="small", width=1.0, patch=96):
+        super().__init__()
+        layers, units, _ = NETWORKS[network]
+        blocks, inputs = [], 3
+        for channels, kernel, stride, norm, pooling, local in layers:
+            outputs = max(8, round(channels * width))
+            block = [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=not norm)]
+            block += [nn.BatchNorm2d(outputs, affine=False)] if norm else []
+            block += [nn.ReLU()] + [nn.MaxPool2d(3, 2, ceil_mode=True)] * pooling + [LocalResponseNorm()] * local
+            blocks.append(nn.Sequential(*block))
+            inputs = outputs
+        self.blocks, self.channels = nn.ModuleList(blocks), inputs
+        with torch.no_grad():
+            flat = self.eval().maps(torch.zeros(1, 3, patch, patch))[-1].numel()
+        self.dimension = max(8, round(units * width))
+        self.fc6 = nn.Sequential(nn.Flatten(), nn.Linear(flat, self.dimension, bias=False),
+                                 nn.BatchNorm1d(self.dimension, affine=False), nn.ReLU())
+        self.apply(initialize).train()
+
+    def maps(self, images):
+        """[feature map of conv1, ..., of conv5], pooled where the network pools."""
+        maps = []
+        for block in self.blocks:
+            maps.append(block(maps[-1] if maps else images))
+        return maps
+
+    def forward(self, patches):
+        return self.fc6(self.maps(patches)[-1])
+
+
+class RelativePositionNet(nn.Module):
+    """Two embeddings (N,D) -> scores (N,8) of the second patch's place around the first: late fusion by concatenation (Fig. 3).
+
+    one_patch: the first embedding is hidden, for the audit.
+    """
+
+    def __init__(self, encoder, units=4096, one_patch=False):
+        super().__init__()
+        self.encoder, self.one_patch = encoder, one_patch
+        self.head = nn.Sequential(
+            nn.Linear(2 * encoder.dimension, units, bias=False), nn.BatchNorm1d(units, affine=False), nn.ReLU(),
+            nn.Linear(units, units), nn.ReLU(), nn.Linear(units, 8))
+        self.head.apply(initialize)
+
+    def forward(self, first, second):
+        return self.head(torch.cat([torch.zeros_like(first) if self.one_patch else first, second], 1))
+
+
+def initialize(layer):
+    """Xavier initialisation (official code)."""
+    if isinstance(layer, (nn.Conv2d, nn.Linear)):
+        nn.init.xavier_uniform_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
+class Classifier(nn.Module):
+    """An encoder's convolutions, global average and a linear layer, for fine-tuning and the supervised control."""
+
+    def __init__(self, encoder, classes):
+        super().__init__()
+        self.encoder = encoder
+        self.linear = nn.Linear(encoder.channels, classes)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, images):
+        return self.linear(self.encoder.maps(images)[-1].mean((2, 3)))
+
+
+# Objective
+def position_loss(scores, positions):
+    """Mean cross-entropy over all pairs and the share told right."""
+    return {"loss": F.cross_entropy(scores.float(), positions), "accuracy": (scores.argmax(1) == positions).float().mean()}
+
+
+def cosine(rate, warmup):
+    """Learning rate as a function of progress: up to `rate` over the share `warmup`, then down to 0 along a cosine."""
+    def at(progress):
+        if progress < warmup:
+            return rate * (progress + 1e-3) / (warmup + 1e-3)
+        return rate * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+    return at
+
+
+def optimizer_of(config, parameters, rate):
+    return torch.optim.SGD(parameters, lr=rate, momentum=config.momentum, weight_decay=config.weight_decay,
+                           nesterov=config.momentum > 0)
+
+
+# Pre-training.  Of `run` (replicate/trainer.py): fit loops over "set the rate, take objective(batch, step), step the
+# optimiser"; shuffled gives endless shuffled batches; augment calls a function with generators fixed by seed, purpose and step;
+# wanted says which rows are still to do; record writes a result; measure times an evaluation.
+def settings_of(config, variant):
+    """The config with what an audit's variant changes."""
+    changes = dict(VARIANTS[variant])
+    changes.pop("one_patch", None), changes.pop("aberration", None)
+    return dataclasses.replace(config, **changes)
+
+
+def build(run, config, one_patch=False):
+    """The untrained network: the same weights for every user of the seed."""
+    run.seed_global("init")
+    encoder = PatchEncoder(config.network, config.width, config.patch)
+    units = max(8, round(NETWORKS[config.network][2] * config.width))
+    return RelativePositionNet(encoder, units, one_patch).to(run.device, memory_format=torch.channels_last)
+
+
+def patches_of(images, config, fringe, matrices, generator):
+    """(N,3,S,S) uint8 -> (N,9,3,p,p), ready for the network."""
+    images = images.float() / 255
+    images = add_fringes(images, config.fringe) if fringe else images
+    patches, _ = cut_patches(images, config.patch, config.gap, config.jitter, generator)
+    return prepare(patches, config, matrices, generator)
+
+
+def embed(model, patches):
+    """(N,9,3,p,p) -> (N,9,D): each patch by itself, all at once."""
+    flat = patches.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    return model.encoder(flat).unflatten(0, patches.shape[:2])
+
+
+def pretrain(run, data, variant, epochs, purpose):
+    """-> (network, seconds): trained to place patches, as one of the audit's VARIANTS."""
+    config = settings_of(run.config, variant)
+    fringe, one_patch = (VARIANTS[variant].get(key, False) for key in ("aberration", "one_patch"))
+    model, matrices = build(run, config, one_patch), pixelation_matrices(config.patch).to(run.device)
+
+    def objective(batch, step):
+        images, _ = batch  # the class labels stay unused
+        patches = run.augment(lambda part, generator: patches_of(part, config, fringe, matrices, generator), images,
+                              "augment", step)
+        first, second, positions = pairs_with_centre(embed(model, patches))
+        return position_loss(model(first, second), positions)
+
+    seconds = run.fit(
+        purpose, model, objective, run.shuffled(data.unlabeled, config.batch_size, "pretext"),
+        steps=steps_of(config, epochs, data.unlabeled), optimizer=optimizer_of(config, model.parameters(), config.pretext_rate),
+        learning_rate=cosine(config.pretext_rate, config.warmup), images_per_step=config.batch_size, chance=math.log(8))
+    return model, seconds
+
+
+def steps_of(config, epochs, split):
+    """Number of updates; a broken epoch at the end is cut."""
+    return int(epochs * len(split) / config.batch_size)
+
+
+# Evaluation
+def position_accuracy(run, model, variant, test):
+    """Percent of the pairs of test images whose position is told right; patches are drawn once, as in training."""
+    config, hits, count = settings_of(run.config, variant), 0, 0
+    fringe, matrices = VARIANTS[variant].get("aberration", False), pixelation_matrices(config.patch).to(run.device)
+    model.eval()
+    with torch.no_grad():
+        for number, (images, _) in enumerate(test.batches(torch.arange(len(test)).split(250))):
+            patches = patches_of(images, config, fringe, matrices, run.stream("test patches", number, run.device))
+            with run.autocast():
+                first, second, positions = pairs_with_centre(embed(model, patches))
+                hits += int((model(first, second).argmax(1) == positions).sum())
+            count += len(positions)
+    return 100.0 * hits / count
+
+
+def frozen_maps(run, encoder, config):
+    """maps(images) of all layers of a frozen encoder, for the plain probes."""
+    def maps(images):
+        with run.autocast():
+            return encoder.maps(whole(images, config))
+    encoder.eval()
+    return maps
+
+
+def mirror(images, generator):
+    """(N,C,H,W) with a random mirror image and a shift by up to an eighth of the side for each: for the classifiers."""
+    count, side, device = len(images), images.shape[-1], images.device
+    flip = torch.rand(count, 1, generator=generator, device=device) < 0.5
+    shift = torch.randint(-(side // 8), side // 8 + 1, (2, count, 1), generator=generator, device=device)
+    positions = torch.arange(side, device=device)
+    rows = (positions + shift[0]).clamp(0, side - 1)
+    columns = (torch.where(flip, side - 1 - positions, positions) + shift[1]).clamp(0, side - 1)
+    samples = torch.arange(count, device=device)[:, None, None]
+    return images[samples, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def classify(run, purpose, encoder, data, train, rate):
+    """Train an encoder's convolutions and a linear layer on labels -> (classifier, steps, seconds).
+
+    One epoch draws as many images as all of train holds, so that the number of updates does not depend on the labels.
+    """
+    config, model = run.config, Classifier(copy.deepcopy(encoder), data.classes)
+    model.to(run.device, memory_format=torch.channels_last).train()
+
+    def objective(batch, step):
+        images, labels = batch
+        images = run.augment(mirror, images, f"{purpose}/augment", step)
+        return {"loss": F.cross_entropy(model(whole(images, config)).float(), labels)}
+
+    batch_size = min(config.batch_size, 64)
+    steps = int(config.supervised_epochs * len(data.train) / batch_size)
+    seconds = run.fit(purpose, model, objective, run.shuffled(train, batch_size, purpose), steps=steps,
+                      optimizer=optimizer_of(config, model.parameters(), rate), learning_rate=cosine(rate, config.warmup),
+                      images_per_step=batch_size, chance=math.log(data.classes))
+    return model, steps, seconds
+
+
+def class_accuracy(run, model, test):
+    """Percent of test images whose class is told right."""
+    model.eval()
+    with run.autocast():
+        return frozen.accuracies(lambda images: {"class": model(whole(images, run.config))}, test)["class"]
+
+
+def unit_features(run, encoder, patches):
+    """(n,3,p,p) in 0..1 -> (n,D): conv5 of each patch, centred, of length 1 (normalised correlation)."""
+    config = run.config
+    patches = project_green_magenta(patches) if config.colors == "projection" else patches
+    patches = normalize_contrast(patches).contiguous(memory_format=torch.channels_last)
+    encoder.eval()
+    with torch.no_grad(), run.autocast():
+        features = torch.cat([encoder.maps(part)[-1].flatten(1).float() for part in patches.split(250)])
+    return F.normalize(features - features.mean(0), dim=1)
+
+
+def random_patches(run, split, count):
+    """(patches (n,3,p,p) in 0..1, labels (n,)): a random patch of each of `count` images spread over the split."""
+    indices = torch.linspace(0, len(split) - 1, min(count, len(split))).long()
+    images, labels = next(split.batches([indices]))
+    patches, _ = cut_patches(images.float() / 255, run.config.patch, 0, 0, run.stream("retrieval", 0, run.device))
+    return patches[:, 4], labels
+
+
+def retrieval(run, encoder, test, count=2000):
+    """Percent of the ten nearest patches, of other test images, whose image has the query's class."""
+    patches, labels = random_patches(run, test, count)
+    features = unit_features(run, encoder, patches)
+    similarity = (features @ features.T).fill_diagonal_(-2)
+    nearest = similarity.topk(min(10, len(labels) - 1), dim=1).indices
+    return 100 * float((labels[nearest] == labels[:, None]).float().mean())
+
+
+def evaluate(run, data):
+    """Every row of the scale that is not recorded yet; controls and baselines get the same probes as context."""
+    config, networks = run.config, {}
+
+    def network(name):
+        """(module with an .encoder, seconds): "context", "random", "supervised" or a variant of the audit."""
+        if name not in networks:
+            if name == "random":
+                networks[name] = build(run, config), 0.0
+            elif name == "supervised":
+                model, _, seconds = classify(run, name, build(run, config).encoder, data, data.train, config.supervised_rate)
+                networks[name] = model, seconds
+            elif name == "context":
+                networks[name] = pretrain(run, data, "as-is", config.pretext_epochs, name)
+            else:
+                networks[name] = pretrain(run, data, name, config.audit_epochs, f"audit/{name}")
+        return networks[name]
+
+    def enough_labels(row):
+        count = int(row.rsplit("labels", 1)[1]) if "labels" in row else 1
+        enough = int(data.train.labels.bincount(minlength=data.classes).min()) >= count
+        if not enough:
+            run.say(f"seed {run.seed}  {row}: left out, a class has fewer than {count} training images")
+        return enough
+
+    def positions(row, name, variant, epochs, purpose):
+        if run.wanted(row):
+            model, seconds = network(name)
+            value, own = run.measure(lambda test: position_accuracy(run, model, variant, test), data.test)
+            run.record(row, value, steps=steps_of(config, epochs, data.unlabeled), seconds=seconds + own,
+                       history=run.history.get(purpose))
+
+    def probes(prefix, name, settings):
+        """All plain probes of one network at once: its features are computed once."""
+        rows = {row: (int(row[len(prefix) + 5]), row.split("/")[-1]) for row in PAPER if row.startswith(f"{prefix}/conv")}
+        wanted = {row: rows[row] for row in run.wanted(*rows) if enough_labels(row)}
+        if wanted:
+            model, seconds = network(name)
+            values, own = run.measure(lambda train, test: frozen.block_probes(
+                frozen_maps(run, model.encoder, settings), train, test, list(wanted.values()), config.probe_cells, run.seed),
+                data.train, data.test)
+            for row, pair in wanted.items():
+                run.record(row, values[pair], steps=0, seconds=seconds + own)
+
+    positions("context/position-accuracy", "context", "as-is", config.pretext_epochs, "context")
+    for name in ("context", "random", "supervised"):
+        probes(name, name, config)
+        if run.wanted(f"{name}/retrieval"):
+            model, seconds = network(name)
+            value, own = run.measure(lambda test: retrieval(run, model.encoder, test), data.test)
+            run.record(f"{name}/retrieval", value, steps=0, seconds=seconds + own)
+    for name, start, rate in (("supervised", "random", config.supervised_rate),
+                              ("context/finetuned", "context", config.finetune_rate)):
+        for row in (name, *(f"{name}/labels{count}" for count in LABELS)):
+            if run.wanted(row) and enough_labels(row):
+                train = data.train
+                if row != name:
+                    train = train.take(frozen.random_per_class(train.labels, int(row.rsplit("labels", 1)[1]), run.seed))
+                model, before = network(start)
+                model, steps, seconds = classify(run, row, model.encoder, data, train, rate)
+                value, own = run.measure(lambda test: class_accuracy(run, model, test), data.test)
+                run.record(row, value, steps=steps, seconds=before + seconds + own, history=run.history.get(row))
+    for variant in VARIANTS:
+        positions(f"audit/{variant}/position-accuracy", variant, variant, config.audit_epochs, f"audit/{variant}")
+        probes(f"audit/{variant}", variant, settings_of(config, variant))
+    shown = ("context", "random", "supervised")
+    if run.seed == 0 and run.rank == 0 and not run.plan and set(shown) <= networks.keys():
+        figures(run, {name: networks[name][0].encoder for name in shown}, data)
+
+
+def figures(run, encoders, data):
+    """First-layer filters; for six patches of test images the six nearest others by context, random and supervised features,
+    side by side (the paper's figure of nearest neighbours)."""
+    filters = encoders["context"].blocks[0][0].weight.detach().float().contiguous()
+    save_image(F.interpolate(filters, scale_factor=6), run.suite / f"{run.paper}_filters.png", nrow=16, normalize=True,
+               scale_each=True)
+    patches, _ = random_patches(run, data.test, 2000)
+    queries = torch.linspace(0, len(patches) - 1, 6).long()
+    panels = []
+    for encoder in encoders.values():
+        features = unit_features(run, encoder, patches)
+        order = (features[queries.to(features.device)] @ features.T).topk(min(7, len(patches)), dim=1).indices  # the query first
+        panels.append(make_grid(patches[order.flatten()].cpu(), nrow=order.shape[1], padding=1, pad_value=1.0))
+    save_image(F.interpolate(make_grid(panels, padding=6, pad_value=1.0)[None], scale_factor=2),
+               run.suite / f"{run.paper}_neighbours.png")
+
+
+def reproduce(run):
+    """Everything of one seed."""
+    evaluate(run, load_data(run))
+
+
+def main(arguments=None):
+    """Command line; returns the exit status."""
+    return trainer.launch(__file__, Config, list(PAPER), reproduce, arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,280 @@
+"""The invariants of the context-prediction paper, cheap ones first; the last tests train tiny networks on real steps."""
+import fnmatch
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from papers import doersch_context as context
+from replicate import report, trainer
+from replicate.data import ImageSet, InputError, Resident
+
+SETTINGS = trainer.ROOT / "papers" / "doersch_context.yaml"
+
+
+def some_images(count=6, size=64, seed=0):
+    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def some_config(**settings):
+    return trainer.resolve_config(context.Config, SETTINGS, "smoke", 0, [f"{key}={value}" for key, value in settings.items()])
+
+
+def some_run(folder, **settings):
+    return trainer.Run(context.__file__, some_config(**settings), "smoke", "cpu", suite="smoke", results=folder, runs=folder)
+
+
+# Places
+def test_positions_are_the_eight_neighbours_row_by_row():
+    places = [(row, column) for row in range(3) for column in range(3) if (row, column) != (1, 1)]
+    assert [context.neighbor_position(*place) for place in places] == list(range(8))
+    for row, column in places:  # seen from the neighbour, the centre lies opposite
+        assert context.neighbor_position(row, column) + context.neighbor_position(2 - row, 2 - column) == 7
+    for outside in ((1, 1), (3, 0), (0, -1)):
+        with pytest.raises(ValueError, match="is no neighbour"):
+            context.neighbor_position(*outside)
+
+
+@pytest.mark.parametrize("side,patch,gap,jitter", [(96, 22, 11, 2), (128, 30, 15, 2), (448, 96, 48, 7), (64, 16, 0, 0)])
+def test_patches_lie_where_their_corners_say(side, patch, gap, jitter):
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    count = 40 if side < 400 else 4
+    images = torch.stack([rows, columns, rows + columns]).expand(count, -1, -1, -1).short()
+    patches, corners = context.cut_patches(images, patch, gap, jitter, generator())
+    assert patches.shape == (count, 9, 3, patch, patch) and corners.shape == (count, 9, 2) and patches.dtype == torch.int16
+    assert corners.min() >= 0 and corners.max() + patch <= side
+    assert torch.equal(patches[..., 0, 0, 0].long(), corners[..., 0]) and torch.equal(patches[..., 1, 0, 0].long(), corners[..., 1])
+    assert torch.equal(patches[:, :, 0, -1, 0].long(), corners[..., 0] + patch - 1)
+    offsets = corners - corners[:, 4:5]
+    for place in range(9):
+        for axis, steps in ((0, place // 3 - 1), (1, place % 3 - 1)):
+            assert (offsets[:, place, axis] - steps * (patch + gap)).abs().max() <= 2 * jitter
+    around = [place for place in range(9) if place != 4]
+    assert [context.neighbor_position(place // 3, place % 3) for place in around] == list(range(8))
+    if gap:
+        nearest = (offsets[:, around].abs().amax(2) - patch).min()
+        assert nearest >= gap - 2 * jitter > 0  # no pixel in common, not even neighbours
+    if count == 40 and side > 3 * patch + 2 * gap + 2 * jitter:
+        assert corners[:, 4].unique(dim=0).shape[0] > 5  # places differ
+
+
+def test_paper_geometry_leaves_at_least_34_pixels():
+    assert context.Config.gap == 15 and 48 - 2 * 7 == 34
+    assert some_config(image_size=448, patch=96, gap=48, jitter=7).patch == 96
+    with pytest.raises(ValueError, match="need 92"):
+        context.cut_patches(some_images(size=90), 22, 11, 2, generator())
+
+
+def test_pairs_hold_the_centre_and_every_answer_is_equally_frequent():
+    embeddings = torch.arange(2 * 9, dtype=torch.float32).view(2, 9, 1)
+    first, second, positions = context.pairs_with_centre(embeddings)
+    assert positions.bincount().tolist() == [4] * 8 and len(first) == 32
+    for a, b, position in zip(first[:, 0].long().tolist(), second[:, 0].long().tolist(), positions.tolist()):
+        assert a // 9 == b // 9  # of one image
+        a, b = a % 9, b % 9
+        assert 4 in (a, b)
+        down, right = b // 3 - a // 3, b % 3 - a % 3
+        assert context.neighbor_position(1 + down, 1 + right) == position
+    loss = context.position_loss(torch.zeros(32, 8), positions)
+    assert float(loss["loss"]) == pytest.approx(math.log(8), abs=1e-6) and float(loss["accuracy"]) == 0.125
+
+
+# Colours, contrast, resolution
+def test_projection_keeps_grey_and_kills_green_magenta():
+    matrix = context.project_green_magenta(torch.eye(3).view(3, 3, 1, 1)).view(3, 3).T
+    expected = torch.tensor([[5, 2, -1], [2, 2, 2], [-1, 2, 5]]) / 6
+    torch.testing.assert_close(matrix, expected)
+    torch.testing.assert_close(matrix @ matrix, matrix)
+    assert torch.linalg.matrix_rank(matrix) == 2
+    axis = torch.tensor([-1.0, 2, -1]).view(1, 3, 1, 1)
+    assert float(context.project_green_magenta(axis).abs().max()) < 1e-6
+    grey = torch.rand(2, 1, 4, 4).expand(-1, 3, -1, -1)
+    torch.testing.assert_close(context.project_green_magenta(grey), grey)
+
+
+def test_dropping_keeps_one_channel_and_leaves_noise_in_the_others():
+    patches = torch.rand(30, 9, 3, 22, 22, generator=generator())
+    dropped = context.drop_colors(patches, generator(1))
+    centred = patches - patches.mean((-2, -1), keepdim=True)
+    same = (dropped - centred).abs().amax((-2, -1)) < 1e-5  # (30, 9, 3)
+    assert (same.sum(2) == 1).all() and same.flatten(0, 1).sum(0).min() > 60  # each channel is kept at times
+    noise, kept = dropped[~same].std((-2, -1)), centred[same].std((-2, -1))
+    assert float((noise.view(-1, 2) / kept[:, None]).max()) < 1 / 50
+    original = centred[~same]
+    correlation = (dropped[~same] * original).mean((-2, -1)) / (noise * original.std((-2, -1)))
+    assert float(correlation.mean().abs()) < 0.02
+
+
+def test_contrast_is_removed_and_flat_patches_stay_finite():
+    patches = torch.rand(4, 9, 3, 8, 8) * 0.3 + 0.2
+    normal = context.normalize_contrast(patches)
+    assert float(normal.mean((-3, -2, -1)).abs().max()) < 1e-5
+    torch.testing.assert_close(normal.square().mean((-3, -2, -1)), torch.ones(4, 9), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(context.normalize_contrast(patches * 1.7 + 0.1), normal, atol=1e-4, rtol=1e-3)
+    assert float(context.normalize_contrast(torch.full((1, 1, 3, 8, 8), 0.7)).abs().max()) < 1e-3
+
+
+def test_pixelation_lowers_the_resolution_of_a_share():
+    matrices = context.pixelation_matrices(22)
+    assert matrices.shape == (23, 22, 22)
+    torch.testing.assert_close(matrices[22], torch.eye(22))
+    torch.testing.assert_close(matrices.sum(2), torch.ones(23, 22))  # a flat patch stays flat
+    assert [int(torch.linalg.matrix_rank(matrices[side])) for side in (2, 5, 11)] == [2, 5, 11]
+    patches = torch.rand(200, 9, 3, 22, 22, generator=generator())
+    made = context.pixelate(patches, 1 / 3, matrices, generator(1))
+    changed = (made - patches).abs().amax((-3, -2, -1)) > 1e-5
+    assert 0.28 < float(changed.float().mean()) < 0.38
+    assert made[changed].std((-2, -1)).mean() < 0.8 * patches[changed].std((-2, -1)).mean()
+
+
+def test_fringes_magnify_green_alone():
+    images = torch.rand(2, 3, 41, 41)
+    fringed = context.add_fringes(images, 0.1)
+    assert torch.equal(fringed[:, [0, 2]], images[:, [0, 2]])
+    torch.testing.assert_close(context.add_fringes(images, 0.0), images)
+    ramp = torch.arange(41.0).expand(1, 3, 41, 41)
+    green = context.add_fringes(ramp, 0.1)[0, 1, 20]
+    assert float(green[20]) == pytest.approx(20, abs=1e-4) and float(green[40]) == pytest.approx(20 + 20 / 1.1, abs=1e-3)
+
+
+# Networks
+def test_shapes_and_sizes_of_the_papers_network():
+    encoder = context.PatchEncoder("alexnet", 1.0, 96).eval()
+    with torch.no_grad():
+        maps = encoder.maps(torch.zeros(1, 3, 96, 96))
+    assert [tuple(each.shape[1:]) for each in maps] == [(96, 12, 12), (256, 6, 6), (384, 6, 6), (384, 6, 6), (256, 3, 3)]
+    assert encoder.fc6[1].in_features == 2304 and encoder.dimension == 4096
+    convolutions = sum(p.numel() for p in encoder.blocks.parameters())
+    assert convolutions == pytest.approx(3.75e6, rel=0.01)
+    assert encoder.fc6[1].weight.numel() == pytest.approx(9.44e6, rel=0.01)
+
+
+def test_batch_norm_has_no_scale_and_shift_and_moves_only_in_training():
+    model = context.RelativePositionNet(context.PatchEncoder("small", 0.1, 22), 32)
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(norm.weight is None and norm.bias is None for norm in norms)
+    patches = torch.randn(8, 3, 22, 22)
+    before = norms[0].running_mean.clone()
+    model.eval().encoder(patches)
+    assert torch.equal(before, norms[0].running_mean)
+    model.train().encoder(patches)
+    assert not torch.equal(before, norms[0].running_mean)
+
+
+def test_patches_meet_late_and_their_order_counts():
+    torch.manual_seed(0)
+    model = context.RelativePositionNet(context.PatchEncoder("small", 0.1, 22), 32).eval()
+    patches = torch.randn(3, 9, 3, 22, 22)
+    with torch.no_grad():
+        embeddings = context.embed(model, patches)
+        changed = patches.clone()
+        changed[:, 3] += 1
+        others = [place for place in range(9) if place != 3]
+        assert torch.equal(context.embed(model, changed)[:, others], embeddings[:, others])
+        a, b = embeddings[:, 4], embeddings[:, 0]
+        assert not torch.allclose(model(a, b), model(b, a))
+        alone = context.RelativePositionNet(model.encoder, 32, one_patch=True).eval()
+        assert torch.equal(alone(a, b), alone(b * 5, b))  # the first patch is hidden
+
+
+def test_local_response_norm_is_torchs():
+    x = torch.randn(2, 12, 5, 5, requires_grad=True)
+    reference = nn.LocalResponseNorm(5, 1e-4, 0.75, 1.0)
+    torch.testing.assert_close(context.LocalResponseNorm()(x), reference(x))
+
+
+# Config
+@pytest.mark.parametrize("override,message", [
+    ("image_size=60", "need"), ("patch=8", "at least 16"), ("colors=grey", "dropping, projection, all"), ("pixelation=2", "at most 1"),
+    ("batch_size=0", "above 0"), ("network=vgg", "small, alexnet"), ("gap=-1", "must not be negative"),
+])
+def test_wrong_settings_are_named(override, message):
+    with pytest.raises(InputError, match=message):
+        trainer.resolve_config(context.Config, SETTINGS, "smoke", 0, [override])
+
+
+def test_every_scale_resolves_to_a_config_and_known_rows():
+    blocks = yaml.safe_load(SETTINGS.read_text())
+    for scale in trainer.SCALES:
+        trainer.resolve_config(context.Config, SETTINGS, scale)
+        for glob in blocks[scale]["rows"]:
+            assert fnmatch.filter(context.PAPER, glob), glob
+    literals = report.read_literals(trainer.ROOT / "papers" / "doersch_context.py")
+    assert literals["CLAIMS"] == context.CLAIMS and literals["COMPARABLE"] == ("paper",)
+    for variant in context.VARIANTS:
+        assert f"audit/{variant}/position-accuracy" in context.PAPER
+        context.settings_of(some_config(), variant)
+
+
+# Short training
+def train(images, steps, variant="as-is", **settings):
+    """(accuracy on 300 held-out images in percent) after a few real steps of pre-training."""
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        run = some_run(folder, **{"batch_size": 32, "precision": "float32", "width": 0.1, **settings})
+        split = Resident(images[:-300], torch.zeros(len(images) - 300, dtype=torch.int64))
+        held_out = Resident(images[-300:], torch.zeros(300, dtype=torch.int64))
+        data = ImageSet("x", split, held_out, 2)
+        model, _ = context.pretrain(run, data, variant, steps * 32.5 / len(split), "x")
+        return context.position_accuracy(run, model, variant, held_out)
+
+
+@pytest.mark.parametrize("variant", ["as-is", "projection", "no-color-handling"])
+def test_noise_teaches_nothing(variant):
+    """Leak test: patches of white noise do not tell where they lie."""
+    accuracy = train(some_images(900, seed=1), 40, variant)
+    assert abs(accuracy - 12.5) < 4 * 100 * math.sqrt(0.125 * 0.875 / 300 / 8)  # 16 pairs of an image, two and two alike
+
+
+def test_pictures_of_their_own_coordinates_are_solved():
+    """Positive control: brightness that tells row and column, contrast left alone."""
+    rows, columns = torch.meshgrid(torch.linspace(0, 255, 64), torch.linspace(0, 255, 64), indexing="ij")
+    image = torch.stack([rows, columns, torch.full_like(rows, 128)]).byte()
+    images = image.expand(900, -1, -1, -1).clone()
+    assert train(images, 60, normalization="false", colors="all", pixelation=0) > 90
+
+
+def test_fixed_patches_are_learnt_by_heart():
+    """Gradients flow: 32 images in fixed places are told apart within a few hundred steps."""
+    torch.manual_seed(0)
+    config = some_config(width=0.2)
+    model = context.RelativePositionNet(context.PatchEncoder("small", 0.2, 16), 64)
+    patches = context.patches_of(some_images(32, seed=3), config, False, context.pixelation_matrices(16), generator())
+    optimizer = context.optimizer_of(config, model.parameters(), 0.05)
+    for _ in range(150):
+        first, second, positions = context.pairs_with_centre(context.embed(model, patches))
+        result = context.position_loss(model(first, second), positions)
+        optimizer.zero_grad()
+        result["loss"].backward()
+        optimizer.step()
+    assert float(result["accuracy"]) > 0.9
+
+
+def test_every_kind_of_row_runs_and_keeps_to_deterministic_operations(tmp_path, folders, graphs, monkeypatch, write_packed):
+    """On a set with an unlabelled part; the graph of every training step is walked."""
+    write_packed(tmp_path, "stl10", 320, 60, (96, 96, 3))
+    monkeypatch.setattr(trainer.Run, "has", lambda run, row: row in (
+        "context/position-accuracy", "context/conv4/linear", "context/conv4/labels5", "random/conv4/knn", "context/retrieval",
+        "random/retrieval", "supervised/retrieval", "context/finetuned/labels5", "audit/aberration/position-accuracy",
+        "audit/aberration/conv4/linear", "audit/one-patch/position-accuracy"))
+    arguments = ["--scale", "smoke", "--data", str(tmp_path), *folders]
+    for setting in ("dataset=stl10", "image_size=96", "pretext_epochs=1", "audit_epochs=0.5", "supervised_epochs=0.5"):
+        arguments += ["--set", setting]
+    assert context.main(arguments) == 0
+    assert len(graphs) > 10 and not graphs.offenders()
+    (path,) = (tmp_path / "results").rglob("doersch_context.jsonl")
+    assert len(path.read_text().splitlines()) == 11
+    assert all(json.loads(line)["status"] == "ok" for line in path.read_text().splitlines())
+    names = {file.name for file in path.parent.iterdir()}
+    assert {"doersch_context_filters.png", "doersch_context_neighbours.png", "doersch_context_pretext.svg"} <= names
+    graphs.clear()
+    encoder = context.PatchEncoder("alexnet", 0.05, 96)
+    encoder(torch.rand(4, 3, 96, 96)).sum().backward()
+    assert len(graphs) == 1 and not graphs.offenders()
