@@ -28,7 +28,7 @@ Deviations
 10. Scale small: fewer steps (see the YAML); values are not comparable, claims are.
 
     python -m papers.dann --scale small        # about 20 minutes a seed for the main pair on two CPU cores
-    python -m papers.dann --scale full         # the column MNIST -> MNIST-M of Table 2, one data-centre GPU
+    python -m papers.dann --scale full         # MNIST -> MNIST-M as in Table 2, the USPS pairs, the moons, one data-centre GPU
     python -m papers.dann --scale small --set source=folder:A --set target=folder:B --set image_size=64 --rows 'own/*'
 """
 import copy
