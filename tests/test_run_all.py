@@ -61,7 +61,7 @@ def test_without_a_scale_it_picks_one_and_says_so(clone, tmp_path):
 
 @pytest.mark.parametrize("arguments,message", [
     (["tiny"], "unknown scale or paper 'tiny'"), (["smoke", "--colour"], "unknown option '--colour'"),
-    (["smoke", "--rows"], "--rows needs a value"), (["smoke", "--seeds", "x"], "--seeds takes whole numbers"),
+    (["smoke", "gidaris_rotation", "--rows"], "--rows needs a value"), (["smoke", "gidaris_rotation", "--seeds", "x"], "--seeds takes whole numbers"),
     (["--data", "/does/not/exist"], "no data folder /does/not/exist"),
 ])
 def test_wrong_words_are_named(clone, arguments, message):
