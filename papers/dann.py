@@ -204,12 +204,8 @@ class Config:
         trainer.require(self.dataset in ("mnist", "embedded"), f"dataset must be mnist or embedded, not '{self.dataset}'; for "
                         "your own images --set source=folder:DIR --set target=folder:DIR")
         trainer.require(self.batch_size != 1, "batch_size 1: at least 2 images of each domain are needed")
-        for name in ("image_size", "batch_size", "steps", "usps_steps", "finetune_steps", "moons_epochs", "subspace", "shards"):
-            trainer.require(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
-        trainer.require(self.precision in ("bfloat16", "float32"),
-                        f"precision must be bfloat16 or float32, not '{self.precision}'")
+        trainer.check_settings(self, positive=("steps", "subspace"))
         trainer.require(self.image_size >= 16, f"image_size {self.image_size}: the network needs at least 16 pixels")
-        trainer.require(self.momentum < 1, f"momentum must be below 1, not {self.momentum}")
         trainer.require(bool(self.source) == bool(self.target), "source and target go together: --set source=folder:DIR "
                         "--set target=folder:DIR")
 
@@ -266,33 +262,27 @@ def make_mnist_m(run, mnist):
         patches = cut_patches(available, len(digits), digits.shape[-1], trainer.stream(0, f"mnist-m/{part}"))
         splits.append(image_data.Resident(blend_digits(digits, patches).to(run.device), split.labels))
     name = f"mnist-m on {origin}"
-    run.sha256[name] = image_data.digest_of(tensor.cpu().numpy() for split in splits for tensor in (split.images, split.labels))
-    return image_data.ImageSet(name, *splits, mnist.classes)
+    sha256 = image_data.digest_of(tensor.cpu().numpy() for split in splits for tensor in (split.images, split.labels))
+    run.sha256[name] = sha256
+    return image_data.ImageSet(name, *splits, mnist.classes, sha256)
 
 
 class DataMissing(Exception):
     """A pair's data cannot be had; the other pairs may go on."""
 
 
-def load_folder(run, name, folder, size):
-    """The ImageSet of folder:DIR (or of a data set's name) under a name of its own in the records."""
-    loaded = run.load(folder, size, False)
-    run.sha256[name] = run.sha256.pop(*loaded.sha256)
-    return loaded
-
-
 def load_set(run, name, size):
     """An ImageSet of (N,3,size,size): grey sets get three equal channels, smaller or larger ones are resized."""
     config = run.config
     if name.startswith("own "):
-        loaded = load_folder(run, name, getattr(config, name.split()[1]), size)
+        loaded = run.load(getattr(config, name.split()[1]), size, False, name)
     elif config.dataset == "embedded":
         loaded = run.load("embedded-digits-blended" if name == "mnist-m" else "embedded-digits")
     elif name == "mnist-m":
-        loaded = (load_folder(run, name, f"folder:{config.mnist_m}", size) if config.mnist_m
+        loaded = (run.load(f"folder:{config.mnist_m}", size, False, name) if config.mnist_m
                   else make_mnist_m(run, run.load("mnist")))
     elif name in ("synnumbers", "synsigns", "gtsrb"):
-        loaded = load_folder(run, name, f"folder:{image_data.data_root(run.data_argument) / name}", size)
+        loaded = run.load(f"folder:{image_data.data_root(run.data_argument) / name}", size, False, name)
     else:
         loaded = run.load(name)
 
@@ -538,15 +528,10 @@ def a_distance(run, model, domains, source, target):
     return proxy_a_distance(encode(model, domains, source), encode(model, domains, target), run.seed)
 
 
-def principal_axes(features, count):
-    """(N,D), centred -> (D,count), orthonormal: the directions of the largest variance."""
-    return torch.linalg.eigh((features.T @ features).double()).eigenvectors[:, -count:].to(features.dtype)
-
-
 def align_subspaces(source, target, dimension):
     """(N,D), (M,D), both centred -> projections (D,d) for source and target: principal axes P_s and P_t of both domains,
     the source's turned onto the target's, P_s P_s^T P_t (Fernando et al. 2013)."""
-    source_axes, target_axes = principal_axes(source, dimension), principal_axes(target, dimension)
+    source_axes, target_axes = (frozen.principal_axes(features, dimension) for features in (source, target))
     return source_axes @ (source_axes.T @ target_axes), target_axes
 
 
@@ -695,53 +680,6 @@ def evaluate(run):
     trainer.require(not missing, "; ".join(missing))
 
 
-def project(features):
-    """(N,D) -> (N,2): the two principal components."""
-    centred = features - features.mean(0)
-    return centred @ principal_axes(centred, 2)
-
-
-def tsne(features, generator, perplexity=30.0, iterations=500):
-    """(N,D) -> (N,2), N at most 2,000: t-distributed stochastic neighbour embedding (van der Maaten and Hinton 2008), exact,
-    started from the principal components."""
-    count = len(features)
-    if count > 2000:
-        raise ValueError(f"{count} points; exact t-SNE takes at most 2000")
-    distances = torch.cdist(features.double(), features.double()).square()
-    distances.fill_diagonal_(math.inf)
-    low, high = torch.zeros(count, 1, dtype=torch.float64), torch.full((count, 1), math.inf, dtype=torch.float64)
-    precision = 1 / distances.sort(1).values[:, :int(perplexity)].mean(1, keepdim=True)
-    for _ in range(50):  # bisection for the precision that gives the perplexity
-        p = torch.softmax(-distances * precision, 1)
-        too_wide = -(p * p.clamp_min(1e-300).log()).sum(1, keepdim=True) > math.log(perplexity)
-        low, high = torch.where(too_wide, precision, low), torch.where(too_wide, high, precision)
-        precision = torch.where(high.isinf(), 2 * precision, (low + high) / 2)
-    p = ((p + p.T) / (2 * count)).clamp_min(1e-12)
-    y = project(features.double())
-    y = 1e-4 * (y / y.std(0) + 1e-2 * torch.randn(y.shape, generator=generator, dtype=y.dtype))
-    velocity = torch.zeros_like(y)
-    for step in range(iterations):
-        exaggeration, momentum = (12, 0.5) if step < 100 else (1, 0.8)
-        weights = 1 / (1 + torch.cdist(y, y).square())
-        weights.fill_diagonal_(0)
-        pull = (exaggeration * p - weights / weights.sum()) * weights
-        gradient = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)
-        velocity = momentum * velocity - count / 12 * gradient
-        y = y + velocity
-    return y.float()
-
-
-def scatter(points, colors, side=360):
-    """(N,2) points and (N,3) colours in 0..1 -> picture (3,side,side) of 3 x 3 dots on white."""
-    low, high = points.min(0).values, points.max(0).values
-    places = ((points - low) / (high - low).clamp_min(1e-12) * (side - 9) + 3).long()
-    picture = torch.ones(3, side, side)
-    for down in range(3):
-        for right in range(3):
-            picture[:, places[:, 1] + down, places[:, 0] + right] = colors.T
-    return picture
-
-
 def figures(run, domains, networks):
     """Digits of both domains; what the features of both look like without (left) and with adaptation (right)."""
     pairs = torch.stack([domains.source.train.images[:32], domains.target.train.images[:32]], 1).flatten(0, 1)
@@ -753,8 +691,8 @@ def figures(run, domains, networks):
     for model in networks.values():
         points = torch.cat([encode(model, domains, split.take(range(count))) for split in
                             (domains.source.test, domains.target.test)]).cpu()
-        panels["pca"].append(scatter(project(points)[order], colors[order]))
-        panels["tsne"].append(scatter(tsne(points, run.stream("tsne"))[order], colors[order]))
+        panels["pca"].append(frozen.scatter(frozen.project(points)[order], colors[order]))
+        panels["tsne"].append(frozen.scatter(frozen.tsne(points, run.stream("tsne"))[order], colors[order]))
     for name, pictures in panels.items():
         if len(pictures) == 2:
             save_image(make_grid(pictures, padding=4), run.suite / f"{run.paper}_{name}.png")

@@ -145,8 +145,8 @@ COMPARABLE = ("paper",)
 VARIANTS = {  # audit: name -> settings that differ
     "as-is": {}, "projection": {"colors": "projection"}, "no-gap": {"gap": 0}, "no-jitter": {"jitter": 0},
     "no-normalization": {"normalization": False}, "no-pixelation": {"pixelation": 0.0}, "no-color-handling": {"colors": "all"},
-    "aberration": {"colors": "all", "aberration": True}, "aberration-dropping": {"aberration": True},
-    "aberration-projection": {"colors": "projection", "aberration": True}, "one-patch": {"one_patch": True},
+    "aberration": {"colors": "all", "fringe": 0.02}, "aberration-dropping": {"fringe": 0.02},
+    "aberration-projection": {"colors": "projection", "fringe": 0.02}, "one-patch": {"one_patch": True},
 }
 LABELS = (1, 5, 20, 100)  # a class
 
@@ -166,12 +166,14 @@ class Config:
     colors: str = "dropping"            # paper: "dropping" or "projection"; "all" leaves them alone
     pixelation: float = 1 / 3           # official code: share of patches that are pixelated
     normalization: bool = True          # official code: contrast of each patch
-    fringe: float = 0.02                # ours: what the audit scales the green channel by
+    fringe: float = 0.0                 # audit: what the green channel is magnified by
+    one_patch: bool = False             # audit: the first patch is hidden
     batch_size: int = 256               # ours: images, each in 16 pairs
     pretext_epochs: float = 200.0       # ours
     audit_epochs: float = 40.0          # ours
     pretext_rate: float = 0.1           # ours
-    supervised_epochs: float = 60.0     # ours: from scratch and fine-tuned, however few the labels
+    supervised_epochs: float = 60.0     # ours: with all labels, from scratch and fine-tuned
+    label_epochs: float = 20.0          # ours: with few labels; in epochs of the whole set
     supervised_rate: float = 0.1        # ours
     finetune_rate: float = 0.03         # ours
     warmup: float = 0.05                # ours: share of the steps
@@ -183,21 +185,12 @@ class Config:
     shards: int = 8                     # ours: parts of a batch with random streams of their own; ranks divide it
 
     def __post_init__(self):
-        for name in ("image_size", "width", "patch", "batch_size", "probe_cells", "shards"):
-            trainer.require(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
-        for name, known in (("precision", ("bfloat16", "float32")), ("colors", ("dropping", "projection", "all")),
-                            ("network", ("small", "alexnet"))):
-            trainer.require(getattr(self, name) in known, f"{name} must be one of {', '.join(known)}, not '{getattr(self, name)}'")
+        trainer.check_settings(self, positive=("image_size", "width", "patch", "probe_cells"), shares=("pixelation", "warmup"),
+                               colors=("dropping", "projection", "all"), network=tuple(NETWORKS))
         span = 3 * self.patch + 2 * self.gap + 2 * self.jitter
         trainer.require(self.image_size >= span, f"image_size {self.image_size}: three patches of {self.patch}, two gaps of "
                         f"{self.gap} and jitter {self.jitter} need {span} pixels")
         trainer.require(self.patch >= 16, f"patch {self.patch}: the network needs at least 16 pixels")
-        trainer.require(self.momentum < 1, f"momentum must be below 1, not {self.momentum}")
-        for name in ("pixelation", "warmup"):
-            trainer.require(getattr(self, name) <= 1, f"{name} is a share, at most 1, not {getattr(self, name)}")
-        for name, value in vars(self).items():
-            if name.endswith("_epochs"):
-                trainer.require(value > 0, f"{name} must be above 0, not {value}")
 
 
 # Data: the test split is only ever counted on
@@ -267,26 +260,6 @@ def project_green_magenta(images):
     return torch.einsum("ij,...jhw->...ihw", matrix, images)
 
 
-def resampling_matrix(size, scale):
-    """(size, size): linear interpolation at positions scaled about the middle, held at the borders."""
-    positions = ((torch.arange(size) - (size - 1) / 2) / scale + (size - 1) / 2).clamp(0, size - 1)
-    below = positions.floor().clamp(max=size - 2).long()
-    weight = positions - below
-    matrix = torch.zeros(size, size)
-    rows = torch.arange(size)
-    matrix[rows, below] = 1 - weight
-    matrix[rows, below + 1] += weight
-    return matrix
-
-
-def add_fringes(images, amount):
-    """(N,3,H,W) float -> the same with the green channel magnified by 1 + amount about the middle: a lens's colour fringes,
-    for the audit."""
-    rows, columns = (resampling_matrix(side, 1 + amount).to(images.device) for side in images.shape[-2:])
-    green = rows @ images[:, 1] @ columns.T
-    return torch.stack([images[:, 0], green, images[:, 2]], 1)
-
-
 def pixelation_matrices(size):
     """(size + 1, size, size): matrix s averages `size` pixels down to s and interpolates back up; the first two do nothing."""
     identity = torch.eye(size)
@@ -343,15 +316,6 @@ def pairs_with_centre(embeddings):
 
 
 # Networks
-class LocalResponseNorm(nn.Module):
-    """x / (1 + 1e-4 / 5 sum of squares over 5 channels)^0.75; torch's own has no deterministic backward on a GPU."""
-
-    def forward(self, x):
-        squares = F.pad(x.float().square(), (0, 0, 0, 0, 2, 2))
-        near = sum(squares[:, shift:shift + x.shape[1]] for shift in range(5))
-        return x / (1 + 1e-4 / 5 * near).pow(0.75).to(x.dtype)
-
-
 NETWORKS = {  # (channels, kernel, stride, batch-norm, pooling, local response norm) of conv1 to conv5; units of fc6 and of the head
     "small": (((64, 5, 2, True, True, False), (192, 3, 1, True, True, False), (384, 3, 1, True, False, False),
                (256, 3, 1, True, False, False), (256, 3, 1, True, False, False)), 512, 512),
@@ -372,7 +336,7 @@ class PatchEncoder(nn.Module):
             outputs = max(8, round(channels * width))
             block = [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=not norm)]
             block += [nn.BatchNorm2d(outputs, affine=False)] if norm else []
-            block += [nn.ReLU()] + [nn.MaxPool2d(3, 2, ceil_mode=True)] * pooling + [LocalResponseNorm()] * local
+            block += [nn.ReLU()] + [nn.MaxPool2d(3, 2, ceil_mode=True)] * pooling + [trainer.LocalResponseNorm()] * local
             blocks.append(nn.Sequential(*block))
             inputs = outputs
         self.blocks, self.channels = nn.ModuleList(blocks), inputs
@@ -420,33 +384,10 @@ def initialize(layer):
             nn.init.zeros_(layer.bias)
 
 
-class Classifier(nn.Module):
-    """An encoder's convolutions, global average and a linear layer, for fine-tuning and the supervised control."""
-
-    def __init__(self, encoder, classes):
-        super().__init__()
-        self.encoder = encoder
-        self.linear = nn.Linear(encoder.channels, classes)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, images):
-        return self.linear(self.encoder.maps(images)[-1].mean((2, 3)))
-
-
 # Objective
 def position_loss(scores, positions):
     """Mean cross-entropy over all pairs and the share told right."""
     return {"loss": F.cross_entropy(scores.float(), positions), "accuracy": (scores.argmax(1) == positions).float().mean()}
-
-
-def cosine(rate, warmup):
-    """Learning rate as a function of progress: up to `rate` over the share `warmup`, then down to 0 along a cosine."""
-    def at(progress):
-        if progress < warmup:
-            return rate * (progress + 1e-3) / (warmup + 1e-3)
-        return rate * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
-    return at
 
 
 def optimizer_of(config, parameters, rate):
@@ -459,23 +400,21 @@ def optimizer_of(config, parameters, rate):
 # wanted says which rows are still to do; record writes a result; measure times an evaluation.
 def settings_of(config, variant):
     """The config with what an audit's variant changes."""
-    changes = dict(VARIANTS[variant])
-    changes.pop("one_patch", None), changes.pop("aberration", None)
-    return dataclasses.replace(config, **changes)
+    return dataclasses.replace(config, **VARIANTS[variant])
 
 
-def build(run, config, one_patch=False):
+def build(run, config):
     """The untrained network: the same weights for every user of the seed."""
     run.seed_global("init")
     encoder = PatchEncoder(config.network, config.width, config.patch)
     units = max(8, round(NETWORKS[config.network][2] * config.width))
-    return RelativePositionNet(encoder, units, one_patch).to(run.device, memory_format=torch.channels_last)
+    return RelativePositionNet(encoder, units, config.one_patch).to(run.device, memory_format=torch.channels_last)
 
 
-def patches_of(images, config, fringe, matrices, generator):
+def patches_of(images, config, matrices, generator):
     """(N,3,S,S) uint8 -> (N,9,3,p,p), ready for the network."""
     images = images.float() / 255
-    images = add_fringes(images, config.fringe) if fringe else images
+    images = frozen.add_fringes(images, config.fringe) if config.fringe else images
     patches, _ = cut_patches(images, config.patch, config.gap, config.jitter, generator)
     return prepare(patches, config, matrices, generator)
 
@@ -486,40 +425,32 @@ def embed(model, patches):
     return model.encoder(flat).unflatten(0, patches.shape[:2])
 
 
-def pretrain(run, data, variant, epochs, purpose):
-    """-> (network, seconds): trained to place patches, as one of the audit's VARIANTS."""
-    config = settings_of(run.config, variant)
-    fringe, one_patch = (VARIANTS[variant].get(key, False) for key in ("aberration", "one_patch"))
-    model, matrices = build(run, config, one_patch), pixelation_matrices(config.patch).to(run.device)
+def pretrain(run, data, config, epochs, purpose):
+    """-> (network, seconds): trained to place patches; config is the run's or that of one of the audit's VARIANTS."""
+    model, matrices = build(run, config), pixelation_matrices(config.patch).to(run.device)
 
     def objective(batch, step):
         images, _ = batch  # the class labels stay unused
-        patches = run.augment(lambda part, generator: patches_of(part, config, fringe, matrices, generator), images,
-                              "augment", step)
+        patches = run.augment(lambda part, generator: patches_of(part, config, matrices, generator), images, "augment", step)
         first, second, positions = pairs_with_centre(embed(model, patches))
         return position_loss(model(first, second), positions)
 
     seconds = run.fit(
         purpose, model, objective, run.shuffled(data.unlabeled, config.batch_size, "pretext"),
-        steps=steps_of(config, epochs, data.unlabeled), optimizer=optimizer_of(config, model.parameters(), config.pretext_rate),
-        learning_rate=cosine(config.pretext_rate, config.warmup), images_per_step=config.batch_size, chance=math.log(8))
+        steps=trainer.updates(epochs, data.unlabeled, config.batch_size),
+        optimizer=optimizer_of(config, model.parameters(), config.pretext_rate),
+        learning_rate=trainer.cosine(config.pretext_rate, config.warmup), images_per_step=config.batch_size, chance=math.log(8))
     return model, seconds
 
 
-def steps_of(config, epochs, split):
-    """Number of updates; a broken epoch at the end is cut."""
-    return int(epochs * len(split) / config.batch_size)
-
-
 # Evaluation
-def position_accuracy(run, model, variant, test):
+def position_accuracy(run, model, config, test):
     """Percent of the pairs of test images whose position is told right; patches are drawn once, as in training."""
-    config, hits, count = settings_of(run.config, variant), 0, 0
-    fringe, matrices = VARIANTS[variant].get("aberration", False), pixelation_matrices(config.patch).to(run.device)
+    hits, count, matrices = 0, 0, pixelation_matrices(config.patch).to(run.device)
     model.eval()
     with torch.no_grad():
         for number, (images, _) in enumerate(test.batches(torch.arange(len(test)).split(250))):
-            patches = patches_of(images, config, fringe, matrices, run.stream("test patches", number, run.device))
+            patches = patches_of(images, config, matrices, run.stream("test patches", number, run.device))
             with run.autocast():
                 first, second, positions = pairs_with_centre(embed(model, patches))
                 hits += int((model(first, second).argmax(1) == positions).sum())
@@ -536,44 +467,14 @@ def frozen_maps(run, encoder, config):
     return maps
 
 
-def mirror(images, generator):
-    """(N,C,H,W) with a random mirror image and a shift by up to an eighth of the side for each: for the classifiers."""
-    count, side, device = len(images), images.shape[-1], images.device
-    flip = torch.rand(count, 1, generator=generator, device=device) < 0.5
-    shift = torch.randint(-(side // 8), side // 8 + 1, (2, count, 1), generator=generator, device=device)
-    positions = torch.arange(side, device=device)
-    rows = (positions + shift[0]).clamp(0, side - 1)
-    columns = (torch.where(flip, side - 1 - positions, positions) + shift[1]).clamp(0, side - 1)
-    samples = torch.arange(count, device=device)[:, None, None]
-    return images[samples, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def classify(run, purpose, encoder, data, train, rate):
-    """Train an encoder's convolutions and a linear layer on labels -> (classifier, steps, seconds).
-
-    One epoch draws as many images as all of train holds, so that the number of updates does not depend on the labels.
-    """
-    config, model = run.config, Classifier(copy.deepcopy(encoder), data.classes)
-    model.to(run.device, memory_format=torch.channels_last).train()
-
-    def objective(batch, step):
-        images, labels = batch
-        images = run.augment(mirror, images, f"{purpose}/augment", step)
-        return {"loss": F.cross_entropy(model(whole(images, config)).float(), labels)}
-
-    batch_size = min(config.batch_size, 64)
-    steps = int(config.supervised_epochs * len(data.train) / batch_size)
-    seconds = run.fit(purpose, model, objective, run.shuffled(train, batch_size, purpose), steps=steps,
-                      optimizer=optimizer_of(config, model.parameters(), rate), learning_rate=cosine(rate, config.warmup),
-                      images_per_step=batch_size, chance=math.log(data.classes))
-    return model, steps, seconds
-
-
-def class_accuracy(run, model, test):
-    """Percent of test images whose class is told right."""
-    model.eval()
-    with run.autocast():
-        return frozen.accuracies(lambda images: {"class": model(whole(images, run.config))}, test)["class"]
+def classify(run, row, encoder, data, rate, epochs):
+    """Train an encoder's convolutions and a linear layer on the labels that the row names -> (classifier, steps, seconds)."""
+    config, model = run.config, frozen.Classifier(copy.deepcopy(encoder), data.classes)
+    model.to(run.device, memory_format=torch.channels_last)
+    return model, *frozen.train_on_labels(
+        run, row, model, data, prepare=lambda images: whole(images, config), epochs=epochs,
+        batch_size=min(config.batch_size, 64), optimizer=optimizer_of(config, model.parameters(), rate),
+        learning_rate=trainer.cosine(rate, config.warmup))
 
 
 def unit_features(run, encoder, patches):
@@ -614,41 +515,35 @@ def evaluate(run, data):
             if name == "random":
                 networks[name] = build(run, config), 0.0
             elif name == "supervised":
-                model, _, seconds = classify(run, name, build(run, config).encoder, data, data.train, config.supervised_rate)
+                model, _, seconds = classify(run, name, build(run, config).encoder, data, config.supervised_rate,
+                                             config.supervised_epochs)
                 networks[name] = model, seconds
             elif name == "context":
-                networks[name] = pretrain(run, data, "as-is", config.pretext_epochs, name)
+                networks[name] = pretrain(run, data, config, config.pretext_epochs, name)
             else:
-                networks[name] = pretrain(run, data, name, config.audit_epochs, f"audit/{name}")
+                networks[name] = pretrain(run, data, settings_of(config, name), config.audit_epochs, f"audit/{name}")
         return networks[name]
 
-    def enough_labels(row):
-        count = int(row.rsplit("labels", 1)[1]) if "labels" in row else 1
-        enough = int(data.train.labels.bincount(minlength=data.classes).min()) >= count
-        if not enough:
-            run.say(f"seed {run.seed}  {row}: left out, a class has fewer than {count} training images")
-        return enough
-
-    def positions(row, name, variant, epochs, purpose):
+    def pretext(row, name, settings, epochs, purpose):
         if run.wanted(row):
             model, seconds = network(name)
-            value, own = run.measure(lambda test: position_accuracy(run, model, variant, test), data.test)
-            run.record(row, value, steps=steps_of(config, epochs, data.unlabeled), seconds=seconds + own,
+            value, own = run.measure(lambda test: position_accuracy(run, model, settings, test), data.test)
+            run.record(row, value, steps=trainer.updates(epochs, data.unlabeled, config.batch_size), seconds=seconds + own,
                        history=run.history.get(purpose))
 
     def probes(prefix, name, settings):
-        """All plain probes of one network at once: its features are computed once."""
+        """All plain probes of one network."""
         rows = {row: (int(row[len(prefix) + 5]), row.split("/")[-1]) for row in PAPER if row.startswith(f"{prefix}/conv")}
-        wanted = {row: rows[row] for row in run.wanted(*rows) if enough_labels(row)}
-        if wanted:
-            model, seconds = network(name)
-            values, own = run.measure(lambda train, test: frozen.block_probes(
-                frozen_maps(run, model.encoder, settings), train, test, list(wanted.values()), config.probe_cells, run.seed),
-                data.train, data.test)
-            for row, pair in wanted.items():
-                run.record(row, values[pair], steps=0, seconds=seconds + own)
+        frozen.record_probes(run, rows, lambda: (frozen_maps(run, network(name)[0].encoder, settings), network(name)[1]), data,
+                             config.probe_cells)
 
-    positions("context/position-accuracy", "context", "as-is", config.pretext_epochs, "context")
+    def classifier(row, start, rate, epochs):
+        """Trained on labels from the untrained network or from context's."""
+        model, before = network(start)
+        model, steps, seconds = classify(run, row, model.encoder, data, rate, epochs)
+        return model, steps, before + seconds
+
+    pretext("context/position-accuracy", "context", config, config.pretext_epochs, "context")
     for name in ("context", "random", "supervised"):
         probes(name, name, config)
         if run.wanted(f"{name}/retrieval"):
@@ -658,17 +553,13 @@ def evaluate(run, data):
     for name, start, rate in (("supervised", "random", config.supervised_rate),
                               ("context/finetuned", "context", config.finetune_rate)):
         for row in (name, *(f"{name}/labels{count}" for count in LABELS)):
-            if run.wanted(row) and enough_labels(row):
-                train = data.train
-                if row != name:
-                    train = train.take(frozen.random_per_class(train.labels, int(row.rsplit("labels", 1)[1]), run.seed))
-                model, before = network(start)
-                model, steps, seconds = classify(run, row, model.encoder, data, train, rate)
-                value, own = run.measure(lambda test: class_accuracy(run, model, test), data.test)
-                run.record(row, value, steps=steps, seconds=before + seconds + own, history=run.history.get(row))
+            epochs = config.supervised_epochs if row == name else config.label_epochs
+            frozen.record_accuracy(run, row, lambda: classifier(row, start, rate, epochs),
+                                   lambda images: whole(images, config), data)
     for variant in VARIANTS:
-        positions(f"audit/{variant}/position-accuracy", variant, variant, config.audit_epochs, f"audit/{variant}")
-        probes(f"audit/{variant}", variant, settings_of(config, variant))
+        settings = settings_of(config, variant)
+        pretext(f"audit/{variant}/position-accuracy", variant, settings, config.audit_epochs, f"audit/{variant}")
+        probes(f"audit/{variant}", variant, settings)
     shown = ("context", "random", "supervised")
     if run.seed == 0 and run.rank == 0 and not run.plan and set(shown) <= networks.keys():
         figures(run, {name: networks[name][0].encoder for name in shown}, data)

@@ -199,20 +199,10 @@ class Config:
     shards: int = 8                     # ours: parts of a batch with random streams of their own; ranks divide it
 
     def __post_init__(self):
-        for name in ("image_size", "crop_size", "width", "batch_size", "shards", "probe_cells"):
-            trainer.require(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
-        trainer.require(self.precision in ("bfloat16", "float32"),
-                        f"precision must be bfloat16 or float32, not '{self.precision}'")
+        trainer.check_settings(self, positive=("image_size", "width", "probe_cells"))
         trainer.require(self.crop_size >= 16, f"crop_size {self.crop_size}: the network needs at least 16 pixels")
-        trainer.require(self.momentum < 1, f"momentum must be below 1, not {self.momentum}")
         for name in ("mean", "deviation"):
             trainer.require(len(getattr(self, name)) == 3, f"{name} must have three values, one a channel")
-        for name, value in vars(self).items():
-            if name.endswith("_epochs"):
-                trainer.require(value > 0, f"{name} must be above 0, not {value}")
-            if name.endswith("_drops"):
-                trainer.require(all(0 < drop < 1 for drop in value) and list(value) == sorted(value),
-                                f"{name} must be rising fractions of the run between 0 and 1, not {list(value)}")
 
 
 # Data: the test split is only ever counted on
@@ -432,11 +422,6 @@ def rotation_loss(scores, labels):
     return {"loss": F.cross_entropy(scores.float(), labels), "accuracy": (scores.argmax(1) == labels).float().mean()}
 
 
-def stepped(rate, drops, factor):
-    """Learning rate as a function of progress: multiplied by factor at each of the drops (fractions of the run)."""
-    return lambda progress: rate * factor ** sum(progress >= drop for drop in drops)
-
-
 def optimizer_of(config, parameters):
     """SGD with Nesterov momentum (official code); the rate given here is replaced at every step of run.fit."""
     return torch.optim.SGD(parameters, lr=config.head_rate, momentum=config.momentum, weight_decay=config.weight_decay,
@@ -466,11 +451,6 @@ def random_sized_crop(config):
     return lambda images, generator: resized_crop_and_flip(images, generator, config.crop_size)
 
 
-def pretext_steps(config, data):
-    """Number of updates; a broken epoch at the end is cut."""
-    return int(config.pretext_epochs * len(data.unlabeled) / config.batch_size)
-
-
 def pretrain(run, data, name):
     """-> (network, seconds): trained to tell rotations apart, or as initialised for the controls."""
     config, (_, degrees) = run.config, TRUNKS[name]
@@ -487,9 +467,9 @@ def pretrain(run, data, name):
 
     seconds = run.fit(
         name, model, objective, run.shuffled(data.unlabeled, config.batch_size, name),
-        steps=pretext_steps(config, data),
+        steps=trainer.updates(config.pretext_epochs, data.unlabeled, config.batch_size),
         optimizer=optimizer_of(config, model.parameters()),
-        learning_rate=stepped(config.pretext_rate, config.pretext_drops, config.pretext_factor),
+        learning_rate=trainer.stepped(config.pretext_rate, config.pretext_drops, config.pretext_factor),
         images_per_step=config.batch_size * len(degrees), chance=math.log(len(degrees)))
     return model, seconds
 
@@ -549,10 +529,10 @@ def classify(run, purpose, encoder, heads, data, train, *, epochs, drops, rate, 
         predicted = scores(normalize(images, config.mean, config.deviation))
         return {"loss": sum(F.cross_entropy(each, labels) for each in predicted.values())}
 
-    steps = int(epochs * len(data.train) / config.batch_size)
+    steps = trainer.updates(epochs, data.train, config.batch_size)
     seconds = run.fit(
         purpose, trained, objective, run.shuffled(train, config.batch_size, purpose), steps=steps,
-        optimizer=optimizer_of(config, trained.parameters()), learning_rate=stepped(rate, drops, config.head_factor),
+        optimizer=optimizer_of(config, trained.parameters()), learning_rate=trainer.stepped(rate, drops, config.head_factor),
         images_per_step=config.batch_size, chance=len(heads) * math.log(data.classes))
     if not finetune and frozen.fingerprint(encoder.blocks) != before:
         raise AssertionError(f"{purpose}: the frozen network has moved")
@@ -639,18 +619,11 @@ def evaluate(run, data):
         if f"{name}/rotation-accuracy" in PAPER and run.wanted(f"{name}/rotation-accuracy"):
             model, seconds = trunk(name)
             value, own = run.measure(lambda test: rotation_accuracy(run, model, degrees, test), data.test)
-            run.record(f"{name}/rotation-accuracy", value, steps=pretext_steps(config, data), seconds=seconds + own,
-                       history=run.history.get(name))
+            run.record(f"{name}/rotation-accuracy", value, seconds=seconds + own, history=run.history.get(name),
+                       steps=trainer.updates(config.pretext_epochs, data.unlabeled, config.batch_size))
     for name in ("rotnet4", "random"):
         rows = {f"{name}/block{block}/{kind}": (block, kind) for block in range(1, 5) for kind in ("linear", "knn")}
-        wanted = {row: rows[row] for row in run.wanted(*rows)}
-        if wanted:
-            encoder, seconds = trunk(name)
-            values, own = run.measure(lambda train, test: frozen.block_probes(
-                frozen_maps(run, encoder), train, test, list(wanted.values()), config.probe_cells, run.seed),
-                data.train, data.test)
-            for row, pair in wanted.items():
-                run.record(row, values[pair], steps=0, seconds=seconds + own)
+        frozen.record_probes(run, rows, lambda: (frozen_maps(run, trunk(name)[0]), trunk(name)[1]), data, config.probe_cells)
     if "rotnet4" in trunks and run.seed == 0 and run.rank == 0 and not run.plan:
         figures(run, trunks["rotnet4"][0], data)
 

@@ -203,10 +203,8 @@ class Config:
     shards: int = 8                     # ours: parts of a batch with random streams of their own; ranks divide it
 
     def __post_init__(self):
-        for name in ("image_size", "width", "tile", "puzzles", "batch_size", "probe_cells", "shards"):
-            trainer.require(getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}")
-        for name, known in (("precision", ("bfloat16", "float32")), ("rule", RULES), ("network", tuple(NETWORKS))):
-            trainer.require(getattr(self, name) in known, f"{name} must be one of {', '.join(known)}, not '{getattr(self, name)}'")
+        trainer.check_settings(self, positive=("image_size", "width", "tile", "puzzles", "probe_cells"), shares=("grey", "warmup"),
+                               rule=RULES, network=tuple(NETWORKS))
         require_room(self, self.image_size, "image_size")
         smallest = 16 if self.network == "small" else 32
         trainer.require(self.tile >= smallest, f"tile {self.tile}: the network needs at least {smallest} pixels")
@@ -214,15 +212,7 @@ class Config:
         for name in ("permutations", "audit_permutations"):
             count = getattr(self, name)
             trainer.require(2 <= count <= math.factorial(9), f"{name} must be 2 to {math.factorial(9)} of nine tiles, not {count}")
-        trainer.require(self.momentum < 1, f"momentum must be below 1, not {self.momentum}")
         trainer.require(self.momentum > 0 or not self.nesterov, "nesterov needs a momentum above 0")
-        for name in ("grey", "warmup"):
-            trainer.require(getattr(self, name) <= 1, f"{name} is a share, at most 1, not {getattr(self, name)}")
-        trainer.require(all(0 < drop < 1 for drop in self.pretext_drops) and list(self.pretext_drops) == sorted(self.pretext_drops),
-                        f"pretext_drops must be rising fractions of the run between 0 and 1, not {list(self.pretext_drops)}")
-        for name, value in vars(self).items():
-            if name.endswith("_epochs"):
-                trainer.require(value > 0, f"{name} must be above 0, not {value}")
 
 
 def require_room(config, side, what):
@@ -320,26 +310,6 @@ def handle_colors(windows, tile, grey, shift, generator):
     return windows[samples, places, channels, rows[..., :, None], columns[..., None, :]]
 
 
-def resampling_matrix(size, scale):
-    """(size, size): linear interpolation at positions scaled about the middle, held at the borders."""
-    positions = ((torch.arange(size) - (size - 1) / 2) / scale + (size - 1) / 2).clamp(0, size - 1)
-    below = positions.floor().clamp(max=size - 2).long()
-    weight = positions - below
-    matrix = torch.zeros(size, size)
-    rows = torch.arange(size)
-    matrix[rows, below] = 1 - weight
-    matrix[rows, below + 1] += weight
-    return matrix
-
-
-def add_fringes(images, amount):
-    """(N,3,H,W) float -> the same with the green channel magnified by 1 + amount about the middle: a lens's colour fringes,
-    for the audit."""
-    rows, columns = (resampling_matrix(side, 1 + amount).to(images.device) for side in images.shape[-2:])
-    green = rows @ images[:, 1] @ columns.T
-    return torch.stack([images[:, 0], green, images[:, 2]], 1)
-
-
 def normalize_tiles(tiles):
     """(...,C,t,t) float in 0..1 -> mean 0 and standard deviation 1 in each channel of each tile; one without contrast becomes 0."""
     centred = tiles - tiles.mean((-2, -1), keepdim=True)
@@ -359,7 +329,7 @@ def whole(images, config):
 def windows_of(images, config, generator):
     """(N,3,S,S) uint8 -> tiles with their margins (N,9,3,w,w) in 0..1."""
     images = images.float() / 255
-    images = add_fringes(images, config.fringe) if config.fringe else images
+    images = frozen.add_fringes(images, config.fringe) if config.fringe else images
     return cut_tiles(images, config.tile + config.gap, config.tile, generator, config.margin, config.jitter)
 
 
@@ -378,15 +348,6 @@ def arrange(tiles, orders):
 
 
 # Networks
-class LocalResponseNorm(nn.Module):
-    """x / (1 + 1e-4 / 5 sum of squares over 5 channels)^0.75; torch's own has no deterministic backward on a GPU."""
-
-    def forward(self, x):
-        squares = F.pad(x.float().square(), (0, 0, 0, 0, 2, 2))
-        near = sum(squares[:, shift:shift + x.shape[1]] for shift in range(5))
-        return x / (1 + 1e-4 / 5 * near).pow(0.75).to(x.dtype)
-
-
 # (channels, kernel, stride, padding, groups, pooling, local response norm) of conv1 to conv5; units of fc6 and fc7; batch-norm
 NETWORKS = {
     "small": (((64, 5, 2, 2, 1, True, False), (192, 3, 1, 1, 1, True, False), (384, 3, 1, 1, 1, False, False),
@@ -415,7 +376,7 @@ class TileEncoder(nn.Module):
             outputs = 2 * max(4, round(channels * width / 2))  # even, for the groups
             block = [nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=not norm)]
             block += [nn.BatchNorm2d(outputs)] if norm else []
-            block += [nn.ReLU()] + [nn.MaxPool2d(3, 2, ceil_mode=True)] * pooling + [LocalResponseNorm()] * local
+            block += [nn.ReLU()] + [nn.MaxPool2d(3, 2, ceil_mode=True)] * pooling + [trainer.LocalResponseNorm()] * local
             blocks.append(nn.Sequential(*block))
             inputs = outputs
         self.network, self.blocks, self.channels = network, nn.ModuleList(blocks), inputs
@@ -483,39 +444,11 @@ def initialize(layer):
             nn.init.constant_(layer.bias, float(linear or layer.groups > 1))  # 1 in conv2, conv4, conv5 and above
 
 
-class Classifier(nn.Module):
-    """An encoder's convolutions, global average and a linear layer, for fine-tuning and the supervised control."""
-
-    def __init__(self, encoder, classes):
-        super().__init__()
-        self.encoder = encoder
-        self.linear = nn.Linear(encoder.channels, classes)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, images):
-        return self.linear(self.encoder.maps(images)[-1].mean((2, 3)))
-
-
 # Objective
 def puzzle_loss(scores, labels):
     """Mean cross-entropy over all puzzles and the share told right.  scores (NK,P), labels (N,K)."""
     labels = labels.flatten()
     return {"loss": F.cross_entropy(scores.float(), labels), "accuracy": (scores.argmax(1) == labels).float().mean()}
-
-
-def cosine(rate, warmup):
-    """Learning rate as a function of progress: up to `rate` over the share `warmup`, then down to 0 along a cosine."""
-    def at(progress):
-        if progress < warmup:
-            return rate * (progress + 1e-3) / (warmup + 1e-3)
-        return rate * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / max(1 - warmup, 1e-3)))
-    return at
-
-
-def stepped(rate, drops):
-    """Learning rate as a function of progress: a tenth after each of the fractions `drops` (official code)."""
-    return lambda progress: rate * 0.1 ** sum(progress >= drop for drop in drops)
 
 
 def optimizer_of(config, model, rate):
@@ -561,15 +494,11 @@ def pretrain(run, data, config, epochs, purpose):
     rate = config.pretext_rate
     seconds = run.fit(
         purpose, model, objective, run.shuffled(data.unlabeled, config.batch_size, "pretext"),
-        steps=steps_of(config, epochs, data.unlabeled), optimizer=optimizer_of(config, model, rate),
-        learning_rate=stepped(rate, config.pretext_drops) if config.pretext_drops else cosine(rate, config.warmup),
+        steps=trainer.updates(epochs, data.unlabeled, config.batch_size), optimizer=optimizer_of(config, model, rate),
+        learning_rate=(trainer.stepped(rate, config.pretext_drops, 0.1) if config.pretext_drops
+                       else trainer.cosine(rate, config.warmup)),
         images_per_step=config.batch_size, chance=math.log(9 if config.one_tile else config.permutations))
     return model, seconds
-
-
-def steps_of(config, epochs, split):
-    """Number of updates; a broken epoch at the end is cut."""
-    return int(epochs * len(split) / config.batch_size)
 
 
 # Evaluation
@@ -597,45 +526,15 @@ def frozen_maps(run, encoder, config):
     return maps
 
 
-def mirror(images, generator):
-    """(N,C,H,W) with a random mirror image and a shift by up to an eighth of the side for each: for the classifiers."""
-    count, side, device = len(images), images.shape[-1], images.device
-    flip = torch.rand(count, 1, generator=generator, device=device) < 0.5
-    shift = torch.randint(-(side // 8), side // 8 + 1, (2, count, 1), generator=generator, device=device)
-    positions = torch.arange(side, device=device)
-    rows = (positions + shift[0]).clamp(0, side - 1)
-    columns = (torch.where(flip, side - 1 - positions, positions) + shift[1]).clamp(0, side - 1)
-    samples = torch.arange(count, device=device)[:, None, None]
-    return images[samples, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def classify(run, purpose, encoder, data, train, rate, epochs):
-    """Train an encoder's convolutions and a linear layer on labels -> (classifier, steps, seconds).
-
-    One epoch draws as many images as all of train holds, so that the number of updates does not depend on the labels.
-    """
-    config, model = run.config, Classifier(encoder.for_images(), data.classes)
+def classify(run, row, encoder, data, rate, epochs):
+    """Train an encoder's convolutions and a linear layer on the labels that the row names -> (classifier, steps, seconds)."""
+    config, model = run.config, frozen.Classifier(encoder.for_images(), data.classes)
     model.encoder.fc6.requires_grad_(False)  # not in use
-    model.to(run.device, memory_format=torch.channels_last).train()
-
-    def objective(batch, step):
-        images, labels = batch
-        images = run.augment(mirror, images, f"{purpose}/augment", step)
-        return {"loss": F.cross_entropy(model(whole(images, config)).float(), labels)}
-
-    batch_size = min(config.batch_size, 64)
-    steps = int(epochs * len(data.train) / batch_size)
-    seconds = run.fit(purpose, model, objective, run.shuffled(train, batch_size, purpose), steps=steps,
-                      optimizer=optimizer_of(config, model, rate), learning_rate=cosine(rate, config.warmup),
-                      images_per_step=batch_size, chance=math.log(data.classes))
-    return model, steps, seconds
-
-
-def class_accuracy(run, model, test):
-    """Percent of test images whose class is told right."""
-    model.eval()
-    with run.autocast():
-        return frozen.accuracies(lambda images: {"class": model(whole(images, run.config))}, test)["class"]
+    model.to(run.device, memory_format=torch.channels_last)
+    return model, *frozen.train_on_labels(
+        run, row, model, data, prepare=lambda images: whole(images, config), epochs=epochs,
+        batch_size=min(config.batch_size, 64), optimizer=optimizer_of(config, model, rate),
+        learning_rate=trainer.cosine(rate, config.warmup))
 
 
 def evaluate(run, data):
@@ -648,7 +547,7 @@ def evaluate(run, data):
             if name == "random":
                 networks[name] = build(run, config), 0.0
             elif name == "supervised":
-                model, _, seconds = classify(run, name, build(run, config).encoder, data, data.train, config.supervised_rate,
+                model, _, seconds = classify(run, name, build(run, config).encoder, data, config.supervised_rate,
                                              config.supervised_epochs)
                 networks[name] = model, seconds
             elif name == "jigsaw":
@@ -657,51 +556,38 @@ def evaluate(run, data):
                 networks[name] = pretrain(run, data, settings_of(config, name), config.audit_epochs, f"audit/{name}")
         return networks[name]
 
-    def enough_labels(row):
-        count = int(row.rsplit("labels", 1)[1]) if "labels" in row else 1
-        enough = int(data.train.labels.bincount(minlength=data.classes).min()) >= count
-        if not enough:
-            run.say(f"seed {run.seed}  {row}: left out, a class has fewer than {count} training images")
-        return enough
-
-    def puzzles(row, name, settings, epochs, purpose):
+    def pretext(row, name, settings, epochs, purpose):
         if run.wanted(row):
             model, seconds = network(name)
             value, own = run.measure(lambda test: puzzle_accuracy(run, model, settings, test), data.test)
-            run.record(row, value, steps=steps_of(config, epochs, data.unlabeled), seconds=seconds + own,
+            run.record(row, value, steps=trainer.updates(epochs, data.unlabeled, config.batch_size), seconds=seconds + own,
                        history=run.history.get(purpose))
 
     def probes(prefix, name, settings):
-        """All plain probes of one network at once: its features are computed once."""
+        """All plain probes of one network."""
         rows = {row: (int(row[len(prefix) + 5]), row.split("/")[-1]) for row in PAPER if row.startswith(f"{prefix}/conv")}
-        wanted = {row: rows[row] for row in run.wanted(*rows) if enough_labels(row)}
-        if wanted:
-            model, seconds = network(name)
-            values, own = run.measure(lambda train, test: frozen.block_probes(
-                frozen_maps(run, model.encoder, settings), train, test, list(wanted.values()), config.probe_cells, run.seed),
-                data.train, data.test)
-            for row, pair in wanted.items():
-                run.record(row, values[pair], steps=0, seconds=seconds + own)
+        frozen.record_probes(run, rows, lambda: (frozen_maps(run, network(name)[0].encoder, settings), network(name)[1]), data,
+                             config.probe_cells)
 
-    puzzles("jigsaw/puzzle-accuracy", "jigsaw", config, config.pretext_epochs, "jigsaw")
+    def classifier(row, start, rate, epochs):
+        """Trained on labels from the untrained network or from jigsaw's."""
+        model, before = network(start)
+        model, steps, seconds = classify(run, row, model.encoder, data, rate, epochs)
+        return model, steps, before + seconds
+
+    pretext("jigsaw/puzzle-accuracy", "jigsaw", config, config.pretext_epochs, "jigsaw")
     for name in ("jigsaw", "random", "supervised"):
         probes(name, name, config)
     for name, start, rate in (("supervised", "random", config.supervised_rate),
                               ("jigsaw/finetuned", "jigsaw", config.finetune_rate)):
         for row in (name, *(f"{name}/labels{count}" for count in LABELS)):
-            if run.wanted(row) and enough_labels(row):
-                train, epochs = data.train, config.supervised_epochs
-                if row != name:
-                    train = train.take(frozen.random_per_class(train.labels, int(row.rsplit("labels", 1)[1]), run.seed))
-                    epochs = config.label_epochs
-                model, before = network(start)
-                model, steps, seconds = classify(run, row, model.encoder, data, train, rate, epochs)
-                value, own = run.measure(lambda test: class_accuracy(run, model, test), data.test)
-                run.record(row, value, steps=steps, seconds=before + seconds + own, history=run.history.get(row))
+            epochs = config.supervised_epochs if row == name else config.label_epochs
+            frozen.record_accuracy(run, row, lambda: classifier(row, start, rate, epochs),
+                                   lambda images: whole(images, config), data)
     for variant in VARIANTS:
         name, settings = first_alike(config, variant), settings_of(config, variant)
         measure = "cell-accuracy" if settings.one_tile else "puzzle-accuracy"
-        puzzles(f"audit/{variant}/{measure}", name, settings, config.audit_epochs, f"audit/{name}")
+        pretext(f"audit/{variant}/{measure}", name, settings, config.audit_epochs, f"audit/{name}")
         probes(f"audit/{variant}", name, settings)
     if "jigsaw" in networks and run.seed == 0 and run.rank == 0 and not run.plan:
         figures(run, networks["jigsaw"][0], data)

@@ -2,7 +2,8 @@
 
 Order of search for the data root: --data, $REPLICATE_DATA, ./data beside run_all.sh.  A set that is not there is
 downloaded by torchvision (its addresses and checksums), decoded once and packed as <root>/packed/<name>.npz with the
-keys x_train, y_train, x_test, y_test (images NHWC uint8; STL-10 has x_unlabeled too).  The SHA-256 of what was decoded goes into every record.
+keys x_train, y_train, x_test, y_test (images NHWC uint8; STL-10 has x_unlabeled too).  The SHA-256 of what was decoded goes
+into every record.
 """
 import hashlib
 import io
@@ -10,7 +11,7 @@ import os
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -90,7 +91,7 @@ def _collate(samples):
 
 @dataclass
 class ImageSet:
-    """train and test are Resident or Streamed; sha256 maps a set's name to the hash of what was decoded.
+    """train and test are Resident or Streamed; sha256: the hash of what was decoded.
 
     unlabeled: what to pre-train on, labels -1; where a set has no such part, it is train.
     class_names: of a folder's classes, in the order of their labels; empty for other sets.
@@ -99,7 +100,7 @@ class ImageSet:
     train: Resident | Streamed
     test: Resident | Streamed
     classes: int
-    sha256: dict = field(default_factory=dict)
+    sha256: str = ""
     unlabeled: Resident | Streamed | None = None
     class_names: tuple[str, ...] = ()
 
@@ -132,10 +133,10 @@ def load(name, root, device, size=None, streamed=None):
     else:
         raise InputError(f"unknown data set '{name}'; known: {', '.join(PACKED)}, imagenette, imagenet, "
                          f"{', '.join(DRAWN)}, folder:DIR")
-    return _resident(name, arrays, device, {name: digest_of(arrays)})
+    return _resident(name, arrays, device)
 
 
-def _resident(name, arrays, device, sha256, class_names=()):
+def _resident(name, arrays, device, class_names=()):
     """ImageSet of arrays in the order of KEYS, images NHWC."""
     x_train, y_train, x_test, y_test, *x_unlabeled = arrays
 
@@ -143,7 +144,7 @@ def _resident(name, arrays, device, sha256, class_names=()):
         images = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).to(device)
         return Resident(images, torch.from_numpy(y.astype(np.int64)).to(device))
 
-    return ImageSet(name, split(x_train, y_train), split(x_test, y_test), int(y_train.max()) + 1, sha256,
+    return ImageSet(name, split(x_train, y_train), split(x_test, y_test), int(y_train.max()) + 1, digest_of(arrays),
                     *(split(x, np.full(len(x), -1)) for x in x_unlabeled), class_names=class_names)
 
 
@@ -200,7 +201,7 @@ def _packed(path, keys, classes, shape, make):
             with np.load(path, allow_pickle=False) as archive:
                 arrays = [archive[key] for key in keys]
             _check_arrays(arrays, classes, shape)
-            return [array.astype(np.uint8) for array in arrays]  # so that labels of any type hash alike
+            return [array.astype(np.uint8) for array in arrays]
         except Exception as error:  # rubbish can make numpy raise nearly anything
             aside = path.with_suffix(".npz.damaged")
             print(f"warning: {path} is damaged ({error}); set aside as {aside.name} and made anew", flush=True)
@@ -210,6 +211,7 @@ def _packed(path, keys, classes, shape, make):
                 raise InputError(f"{path} is damaged and cannot be moved away: delete it") from None
     arrays = make()
     _check_arrays(arrays, classes, shape)
+    arrays = [array.astype(np.uint8) for array in arrays]  # so that labels of any type hash alike
     buffer = io.BytesIO()
     np.savez(buffer, **dict(zip(keys, arrays)))
     try:
@@ -222,7 +224,7 @@ def _packed(path, keys, classes, shape, make):
 def _from_torchvision(name, root):
     try:
         return _torchvision(name, root, download=False)
-    except RuntimeError:  # "Dataset not found or corrupted"
+    except (RuntimeError, FileNotFoundError):  # "Dataset not found or corrupted"; USPS just opens its file
         pass
     except ImportError as error:
         raise _needs_package(name, root, error) from None
@@ -365,7 +367,7 @@ def _load_folder(name, root, device, size, streamed):
             digest.update(f"{Path(path).relative_to(folder)} {os.path.getsize(path)}\n".encode())
         splits = [Streamed([path for path, _ in listing.samples], part, size, device)
                   for listing, part in zip((train, test), labels)]
-        return ImageSet(name, *splits, len(names), {name.split(":")[0]: digest.hexdigest()}, class_names=names)
+        return ImageSet(name, *splits, len(names), digest.hexdigest(), class_names=names)
 
     def decode_all():
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
@@ -377,7 +379,7 @@ def _load_folder(name, root, device, size, streamed):
         arrays = _packed(root / "packed" / f"{folder.name}-at-{size}.npz", KEYS[:4], len(names), (size, size, 3), decode_all)
     else:
         arrays = decode_all()
-    return _resident(name, arrays, device, {name.split(":")[0]: digest_of(arrays)}, names)
+    return _resident(name, arrays, device, names)
 
 
 def digest_of(arrays):

@@ -1,12 +1,16 @@
-"""Protocols on frozen features, the same for every paper.
+"""Protocols, the same for every paper: probes on frozen features, training on labels, pictures of features, colour fringes.
 
 Nothing here sees a test label before the final count of hits: the linear probe chooses its penalty on a slice of train.
 Accuracies are in percent.
 """
 import hashlib
+import math
 
 import torch
+from torch import nn
 from torch.nn import functional as F
+
+from replicate import trainer
 
 
 def pieces(images, batch_size=500):
@@ -155,6 +159,97 @@ def block_probes(maps, train, test, wanted, cells=4, seed=0):
     return values
 
 
+def record_probes(run, rows, network, data, cells=4):
+    """Record those of the rows that are wanted, on one network, its features computed once.
+
+    rows: {row: (block, kind)} and cells as in block_probes; network() -> (maps, seconds it cost), called where it is needed.
+    """
+    wanted = {row: rows[row] for row in run.wanted(*rows) if enough_labels(run, row, data)}
+    if not wanted:
+        return
+    maps, seconds = network()
+    values, own = run.measure(lambda train, test: block_probes(maps, train, test, list(wanted.values()), cells, run.seed),
+                              data.train, data.test)
+    for row, pair in wanted.items():
+        run.record(row, values[pair], steps=0, seconds=seconds + own)
+
+
+def labels_of(row):
+    """The labels a class that a row ending in /labels<count> may use; None: all."""
+    count = row.rsplit("/", 1)[-1].removeprefix("labels")
+    return int(count) if count.isdigit() else None
+
+
+def enough_labels(run, row, data):
+    """Whether every class has the labels that the row wants; says so where one has not."""
+    count = labels_of(row)
+    enough = count is None or int(data.train.labels.bincount(minlength=data.classes).min()) >= count
+    if not enough:
+        run.say(f"seed {run.seed}  {row}: left out, a class has fewer than {count} training images")
+    return enough
+
+
+def mirror_and_shift(images, generator):
+    """(N,C,H,W), square -> the same with a random mirror image and a shift by up to an eighth of the side for each."""
+    count, side, device = len(images), images.shape[-1], images.device
+    flip = torch.rand(count, 1, generator=generator, device=device) < 0.5
+    shift = torch.randint(-(side // 8), side // 8 + 1, (2, count, 1), generator=generator, device=device)
+    positions = torch.arange(side, device=device)
+    rows = (positions + shift[0]).clamp(0, side - 1)
+    columns = (torch.where(flip, side - 1 - positions, positions) + shift[1]).clamp(0, side - 1)
+    samples = torch.arange(count, device=device)[:, None, None]
+    return images[samples, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+class Classifier(nn.Module):
+    """An encoder's feature maps, `encoder.maps(images)`, global average of the last, `encoder.channels` wide, a linear layer."""
+
+    def __init__(self, encoder, classes):
+        super().__init__()
+        self.encoder = encoder
+        self.linear = nn.Linear(encoder.channels, classes)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, images):
+        return self.linear(self.encoder.maps(images)[-1].mean((2, 3)))
+
+
+def train_on_labels(run, row, model, data, *, prepare, epochs, batch_size, optimizer, learning_rate):
+    """Train all of a classifier -> (steps, seconds): on all labels, or on as many a class as the row names, drawn by the seed.
+
+    prepare(uint8 images) -> what the model sees, after mirror_and_shift.  One epoch draws as many images as all of train holds,
+    so that the number of updates does not depend on the labels.
+    """
+    count = labels_of(row)
+    train = data.train if count is None else data.train.take(random_per_class(data.train.labels, count, run.seed))
+
+    def objective(batch, step):
+        images, labels = batch
+        images = run.augment(mirror_and_shift, images, f"{row}/augment", step)
+        return {"loss": F.cross_entropy(model(prepare(images)).float(), labels)}
+
+    steps = trainer.updates(epochs, data.train, batch_size)
+    model.train()
+    return steps, run.fit(row, model, objective, run.shuffled(train, batch_size, row), steps=steps, optimizer=optimizer,
+                          learning_rate=learning_rate, images_per_step=batch_size, chance=math.log(data.classes))
+
+
+def record_accuracy(run, row, train, prepare, data):
+    """Record the test accuracy of a trained classifier if the row is wanted; train() -> (classifier, steps, seconds)."""
+    if run.wanted(row) and enough_labels(run, row, data):
+        model, steps, seconds = train()
+        value, own = run.measure(lambda test: class_accuracy(run, model, prepare, test), data.test)
+        run.record(row, value, steps=steps, seconds=seconds + own, history=run.history.get(row))
+
+
+def class_accuracy(run, model, prepare, test):
+    """Percent of test images whose class the model tells right; prepare(uint8 images) -> what it sees."""
+    model.eval()
+    with run.autocast():
+        return accuracies(lambda images: {"class": model(prepare(images))}, test)["class"]
+
+
 def first_per_class(labels, count):
     """Indices (count * classes,) of the first `count` samples of every class, in the order of the data."""
     classes = int(labels.max()) + 1
@@ -184,3 +279,76 @@ def fingerprint(module):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+# What features look like
+def principal_axes(features, count):
+    """(N,D), centred -> (D,count), orthonormal: the directions of the largest variance."""
+    return torch.linalg.eigh((features.T @ features).double()).eigenvectors[:, -count:].to(features.dtype)
+
+
+def project(features):
+    """(N,D) -> (N,2): the two principal components."""
+    centred = features - features.mean(0)
+    return centred @ principal_axes(centred, 2)
+
+
+def tsne(features, generator, perplexity=30.0, iterations=500):
+    """(N,D) -> (N,2), N at most 2,000: t-distributed stochastic neighbour embedding (van der Maaten and Hinton 2008), exact,
+    started from the principal components."""
+    count = len(features)
+    if count > 2000:
+        raise ValueError(f"{count} points; exact t-SNE takes at most 2000")
+    distances = torch.cdist(features.double(), features.double()).square()
+    distances.fill_diagonal_(math.inf)
+    low, high = torch.zeros(count, 1, dtype=torch.float64), torch.full((count, 1), math.inf, dtype=torch.float64)
+    precision = 1 / distances.sort(1).values[:, :int(perplexity)].mean(1, keepdim=True)
+    for _ in range(50):  # bisection for the precision that gives the perplexity
+        p = torch.softmax(-distances * precision, 1)
+        too_wide = -(p * p.clamp_min(1e-300).log()).sum(1, keepdim=True) > math.log(perplexity)
+        low, high = torch.where(too_wide, precision, low), torch.where(too_wide, high, precision)
+        precision = torch.where(high.isinf(), 2 * precision, (low + high) / 2)
+    p = ((p + p.T) / (2 * count)).clamp_min(1e-12)
+    y = project(features.double())
+    y = 1e-4 * (y / y.std(0) + 1e-2 * torch.randn(y.shape, generator=generator, dtype=y.dtype))
+    velocity = torch.zeros_like(y)
+    for step in range(iterations):
+        exaggeration, momentum = (12, 0.5) if step < 100 else (1, 0.8)
+        weights = 1 / (1 + torch.cdist(y, y).square())
+        weights.fill_diagonal_(0)
+        pull = (exaggeration * p - weights / weights.sum()) * weights
+        gradient = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)
+        velocity = momentum * velocity - count / 12 * gradient
+        y = y + velocity
+    return y.float()
+
+
+def scatter(points, colors, side=360):
+    """(N,2) points and (N,3) colours in 0..1 -> picture (3,side,side) of 3 x 3 dots on white."""
+    low, high = points.min(0).values, points.max(0).values
+    places = ((points - low) / (high - low).clamp_min(1e-12) * (side - 9) + 3).long()
+    picture = torch.ones(3, side, side)
+    for down in range(3):
+        for right in range(3):
+            picture[:, places[:, 1] + down, places[:, 0] + right] = colors.T
+    return picture
+
+
+# A short-cut to put into images, for audits
+def resampling_matrix(size, scale):
+    """(size, size): linear interpolation at positions scaled about the middle, held at the borders."""
+    positions = ((torch.arange(size) - (size - 1) / 2) / scale + (size - 1) / 2).clamp(0, size - 1)
+    below = positions.floor().clamp(max=size - 2).long()
+    weight = positions - below
+    matrix = torch.zeros(size, size)
+    rows = torch.arange(size)
+    matrix[rows, below] = 1 - weight
+    matrix[rows, below + 1] += weight
+    return matrix
+
+
+def add_fringes(images, amount):
+    """(N,3,H,W) float -> the same with the green channel magnified by 1 + amount about the middle: a lens's colour fringes."""
+    rows, columns = (resampling_matrix(side, 1 + amount).to(images.device) for side in images.shape[-2:])
+    green = rows @ images[:, 1] @ columns.T
+    return torch.stack([images[:, 0], green, images[:, 2]], 1)

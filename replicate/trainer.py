@@ -83,6 +83,26 @@ def _convert(name, value, kind):
     return value
 
 
+def check_settings(config, *, positive=(), shares=(), **choices):
+    """Raise InputError for a setting that no run can have.
+
+    Above 0 must be batch_size, shards, whatever ends in _epochs or _steps, and the names in `positive`; at most 1 the names in
+    `shares`; below 1 momentum; rising fractions of a run whatever ends in _drops; one of the given values precision and the
+    names in `choices`.
+    """
+    for name, value in vars(config).items():
+        if name in ("batch_size", "shards", *positive) or name.endswith(("_epochs", "_steps")):
+            require(value > 0, f"{name} must be above 0, not {value}")
+        if name.endswith("_drops"):
+            require(all(0 < drop < 1 for drop in value) and list(value) == sorted(value),
+                    f"{name} must be rising fractions of the run between 0 and 1, not {list(value)}")
+    for name in shares:
+        require(getattr(config, name) <= 1, f"{name} is a share, at most 1, not {getattr(config, name)}")
+    for name, known in {"precision": ("bfloat16", "float32"), **choices}.items():
+        require(getattr(config, name) in known, f"{name} must be one of {', '.join(known)}, not '{getattr(config, name)}'")
+    require(config.momentum < 1, f"momentum must be below 1, not {config.momentum}")
+
+
 def resolve_config(Config, settings, scale, seed=0, overrides=()):
     """Defaults, then the scale's block of the YAML file, then key=value overrides.  Returns a Config.
 
@@ -160,7 +180,8 @@ class Run:
     def augment(self, function, images, purpose, step):
         """function(images, generator), drawn in config.shards parts of the global batch, each with its own stream.
 
-        function returns a tensor or several, with the images in the first dimension.  The parts, not the ranks, own the randomness: any number of ranks that divides config.shards sees the same.
+        function returns a tensor or several, with the images in the first dimension.  The parts, not the ranks, own the
+        randomness: any number of ranks that divides config.shards sees the same.
         """
         count = self.config.shards // self.ranks
         first = step * self.config.shards + self.rank * count
@@ -198,14 +219,14 @@ class Run:
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
-    def load(self, name, size=None, streamed=None):
-        """An image set on the device; its SHA-256 goes into every record."""
+    def load(self, name, size=None, streamed=None, called=None):
+        """An image set on the device; its SHA-256 goes into every record, as that of `called` where folder:DIR says too little."""
         if self.ranks > 1 and self.rank > 0:
             dist.barrier()  # the first rank downloads and packs, the others read
         loaded = image_data.load(name, image_data.data_root(self.data_argument), self.device, size, streamed)
         if self.ranks > 1 and self.rank == 0:
             dist.barrier()
-        self.sha256.update(loaded.sha256)
+        self.sha256[called or name.split(":")[0]] = loaded.sha256
         return loaded
 
     # Rows and records
@@ -412,6 +433,35 @@ class Run:
             except OSError:
                 raise InputError(f"checkpoint {path} is {reason} and cannot be moved away: delete it") from None
         return None
+
+
+# Learning rates as functions of progress, for `fit`
+def stepped(rate, drops, factor):
+    """Multiplied by factor at each of the drops, fractions of the run."""
+    return lambda progress: rate * factor ** sum(progress >= drop for drop in drops)
+
+
+def cosine(rate, warmup=0.0):
+    """Up to `rate` over the share `warmup`, then down to 0 along a cosine (Loshchilov and Hutter 2017)."""
+    def at(progress):
+        if progress < warmup:
+            return rate * (progress + 1e-3) / (warmup + 1e-3)
+        return rate * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / max(1 - warmup, 1e-3)))
+    return at
+
+
+def updates(epochs, split, batch_size):
+    """Number of steps in so many epochs of a split; a broken batch at the end is cut."""
+    return int(epochs * len(split) / batch_size)
+
+
+class LocalResponseNorm(nn.Module):
+    """AlexNet's, x / (1 + 1e-4 / 5 sum of squares over 5 channels)^0.75; torch's own has no deterministic backward on a GPU."""
+
+    def forward(self, x):
+        squares = nn.functional.pad(x.float().square(), (0, 0, 0, 0, 2, 2))
+        near = sum(squares[:, shift:shift + x.shape[1]] for shift in range(5))
+        return x / (1 + 1e-4 / 5 * near).pow(0.75).to(x.dtype)
 
 
 def learning_curves(names, trace, points=50):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from papers import dann
 from replicate import data as image_data
-from replicate import report, trainer
+from replicate import trainer
 from replicate.data import ImageSet, InputError, Resident
 
 SETTINGS = trainer.ROOT / "papers" / "dann.yaml"
@@ -374,32 +374,7 @@ def test_the_toy_learns_its_source_and_adapts(tmp_path):
     assert 60 < values["moons/source-only"] < 97 and values["moons/dann"] > values["moons/source-only"] + 2
 
 
-def test_tsne_keeps_two_clusters_apart():
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(120, 10, generator=generator)
-    features[60:] += 8
-    places = dann.tsne(features, generator, perplexity=15, iterations=250)
-    near = torch.cdist(places, places).fill_diagonal_(math.inf).argmin(1)
-    assert places.shape == (120, 2) and ((near < 60) == (torch.arange(120) < 60)).float().mean() > 0.95
-    with pytest.raises(ValueError, match="2001 points"):
-        dann.tsne(torch.zeros(2001, 2), generator)
-
-
 # The script as a user meets it
-def test_every_scale_resolves_to_a_config_and_known_rows():
-    import fnmatch
-
-    import yaml
-    blocks = yaml.safe_load(SETTINGS.read_text())
-    assert set(trainer.SCALES) <= set(blocks)
-    for scale in trainer.SCALES:
-        trainer.resolve_config(dann.Config, SETTINGS, scale)
-        for glob in blocks[scale]["rows"]:
-            assert fnmatch.filter(dann.PAPER, glob), glob
-    literals = report.read_literals(trainer.ROOT / "papers" / "dann.py")
-    assert literals["PAPER"] == dann.PAPER and literals["CURVES"] == dann.CURVES
-
-
 def test_smoke_runs_every_row_and_keeps_to_deterministic_operations(tmp_path, folders, graphs):
     """Every row of the scale on drawn digits, with its figures; the graph of every training step is walked."""
     assert dann.main(["--scale", "smoke", "--set", "steps=5", "--set", "moons_epochs=2", "--set", "finetune_steps=2",

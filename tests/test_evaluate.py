@@ -1,4 +1,6 @@
 """Protocols against slow references and cases with known answers."""
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -118,3 +120,40 @@ def test_accuracies_count_hits():
     result = evaluate.accuracies(lambda x: {"parity": F.one_hot(x.flatten().long() % 2, 2).float(),
                                             "always 0": torch.tensor([[1.0, 0.0]]).expand(len(x), 2)}, split, batch_size=3)
     assert result == {"parity": 100.0, "always 0": 50.0}
+
+
+def test_tsne_keeps_two_clusters_apart():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(120, 10, generator=generator)
+    features[60:] += 8
+    places = evaluate.tsne(features, generator, perplexity=15, iterations=250)
+    near = torch.cdist(places, places).fill_diagonal_(math.inf).argmin(1)
+    assert places.shape == (120, 2) and ((near < 60) == (torch.arange(120) < 60)).float().mean() > 0.95
+    with pytest.raises(ValueError, match="2001 points"):
+        evaluate.tsne(torch.zeros(2001, 2), generator)
+
+
+def test_fringes_magnify_green_alone():
+    images = torch.rand(2, 3, 41, 41)
+    fringed = evaluate.add_fringes(images, 0.1)
+    assert torch.equal(fringed[:, [0, 2]], images[:, [0, 2]])
+    torch.testing.assert_close(evaluate.add_fringes(images, 0.0), images)
+    ramp = torch.arange(41.0).expand(1, 3, 41, 41)
+    green = evaluate.add_fringes(ramp, 0.1)[0, 1, 20]
+    assert float(green[20]) == pytest.approx(20, abs=1e-4) and float(green[40]) == pytest.approx(20 + 20 / 1.1, abs=1e-3)
+
+
+def test_mirror_and_shift_moves_whole_images_by_at_most_an_eighth():
+    ramp = torch.arange(32).expand(500, 1, 32, 32).to(torch.uint8)
+    moved = evaluate.mirror_and_shift(ramp, torch.Generator().manual_seed(0))
+    middle = moved[:, 0, 16].int()
+    mirrored = middle[:, 20] < middle[:, 12]
+    assert moved.shape == ramp.shape and 200 < int(mirrored.sum()) < 300
+    shift = torch.where(mirrored, 31 - middle[:, 16], middle[:, 16]) - 16
+    assert set(shift.tolist()) == set(range(-4, 5)) and moved.unique().tolist() == list(range(32))
+    assert torch.equal(moved[:, :, :1].expand_as(moved), moved)  # rows alike stay alike
+
+
+def test_rows_name_their_labels():
+    rows = {"supervised": None, "x/conv4/labels20": 20, "x/labels5": 5, "x/conv4/linear": None, "labels20/x": None}
+    assert {row: evaluate.labels_of(row) for row in rows} == rows

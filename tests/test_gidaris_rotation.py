@@ -1,6 +1,5 @@
 """The invariants of the rotation paper, cheap ones first; the last tests train tiny networks on real steps."""
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from torch.nn import functional as F
 from torchvision.transforms import functional as image_functional
 
 from papers import gidaris_rotation as rotation
-from replicate import evaluate, report, trainer
+from replicate import evaluate, trainer
 from replicate.data import ImageSet, Resident
 
 SETTINGS = trainer.ROOT / "papers" / "gidaris_rotation.yaml"
@@ -204,28 +203,6 @@ def test_normalize_centres_each_channel():
     assert float(normalize(images).abs().max()) < 1e-6
     step = normalize(images + torch.tensor([63.0, 62.1, 66.7]).view(1, 3, 1, 1))
     torch.testing.assert_close(step, torch.ones_like(step))
-
-
-def test_learning_rate_steps():
-    rate = rotation.stepped(0.1, (0.3, 0.6, 0.8), 0.2)
-    assert [round(rate(p), 6) for p in (0, 0.299, 0.3, 0.6, 0.8, 0.99)] == [0.1, 0.1, 0.02, 0.004, 0.0008, 0.0008]
-
-
-def test_every_scale_resolves_to_a_config_and_known_rows():
-    import fnmatch
-
-    import yaml
-    blocks = yaml.safe_load(SETTINGS.read_text())
-    assert set(blocks) == {*trainer.SCALES, "small-embedded"}
-    for scale in trainer.SCALES:
-        assert trainer.resolve_config(rotation.Config, SETTINGS, scale).seed == 0
-        for glob in blocks[scale]["rows"]:
-            assert fnmatch.filter(rotation.PAPER, glob), glob
-
-
-def test_claims_and_curves_are_literals_that_name_known_rows():
-    literals = report.read_literals(Path(rotation.__file__))  # raises where they do not
-    assert literals["PAPER"] == rotation.PAPER and literals["CLAIMS"] == rotation.CLAIMS
 
 
 # Short training, straight on the pure functions

@@ -100,7 +100,7 @@ def test_a_batch_larger_than_the_split_draws_all_equally_often(tmp_path):
     ("batch_size=many", "batch_size must be of type int"), ("batch_size=1.5", "batch_size must be of type int"),
     ("pretext_rate=-1", "pretext_rate must not be negative"), ("pretext_rate=.nan", "must be finite"),
     ("pretext_drops=3", "must be a list"), ("deterministic=maybe", "deterministic must be of type bool"),
-    ("precision=float16", "bfloat16 or float32"), ("width", "key=value"), ("seed=3", "unknown setting 'seed'"),
+    ("precision=float16", "bfloat16, float32"), ("width", "key=value"), ("seed=3", "unknown setting 'seed'"),
     ("crop_size=8", "at least 16"), ("batch_size=true", "of type int"),
 ])
 def test_wrong_settings_are_named(override, message):
@@ -566,3 +566,21 @@ def test_importing_a_script_has_no_side_effect(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
                             env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert result.returncode == 0 and not list(tmp_path.iterdir()), result.stderr
+
+
+# Rates and layers
+def test_learning_rate_steps():
+    rate = trainer.stepped(0.1, (0.3, 0.6, 0.8), 0.2)
+    assert [round(rate(p), 6) for p in (0, 0.299, 0.3, 0.6, 0.8, 0.99)] == [0.1, 0.1, 0.02, 0.004, 0.0008, 0.0008]
+
+
+def test_cosine_warms_up_and_falls_to_nothing():
+    rate = trainer.cosine(0.1, 0.2)
+    assert 0 < rate(0) < 0.001 and rate(0.1) == pytest.approx(0.05, rel=0.01) and rate(0.2) == pytest.approx(0.1)
+    assert rate(0.6) == pytest.approx(0.05) and rate(0.9999) < 1e-6 and trainer.cosine(0.1)(0) == pytest.approx(0.1)
+
+
+def test_local_response_norm_is_torchs():
+    x = torch.randn(2, 12, 5, 5, requires_grad=True)
+    reference = torch.nn.LocalResponseNorm(5, 1e-4, 0.75, 1.0)
+    torch.testing.assert_close(trainer.LocalResponseNorm()(x), reference(x))
