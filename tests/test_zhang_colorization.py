@@ -1,0 +1,361 @@
+"""The invariants of the colorization paper, cheap ones first; the last tests train tiny networks and colour pictures."""
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from papers import zhang_colorization as zhang
+from replicate import trainer
+from replicate.data import ImageSet, InputError, Resident
+
+SETTINGS = trainer.ROOT / "papers" / "zhang_colorization.yaml"
+BINS = zhang.gamut_bins()
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def some_images(count=6, size=32, seed=0):
+    """Smooth noise in vivid colours."""
+    coarse = torch.randint(0, 256, (count, 3, 4, 4), generator=generator(seed)).float()
+    return F.interpolate(coarse, (size, size), mode="bilinear").byte()
+
+
+def some_ab(count=4, size=16, seed=0):
+    return zhang.rgb_to_lab(torch.rand(count, 3, size, size, generator=generator(seed)))[:, 1:]
+
+
+def some_config(**settings):
+    return trainer.resolve_config(zhang.Config, SETTINGS, "smoke", 0, [f"{key}={value}" for key, value in settings.items()])
+
+
+def some_run(folder, **settings):
+    return trainer.Run(zhang.__file__, some_config(**settings), "smoke", "cpu", suite="smoke", results=folder, runs=folder)
+
+
+def some_network(loss="classification"):
+    torch.manual_seed(0)
+    return zhang.ColorizationNetwork("small", 0.1, BINS, loss, image_size=32)
+
+
+# Colours
+def test_the_313_colors_are_the_papers_row_by_row():
+    ranges = {-90: (50, 90), -80: (20, 90), -70: (0, 90), -60: (-20, 90), -50: (-30, 100), -40: (-40, 100), -30: (-50, 100),
+              -20: (-50, 100), -10: (-60, 100), 0: (-70, 100), 10: (-80, 90), 20: (-80, 90), 30: (-90, 90), 40: (-100, 90),
+              50: (-100, 80), 60: (-110, 80), 70: (-110, 80), 80: (-110, 70), 90: (-110, 70), 100: (-90, 0)}
+    expected = [[a, b] for a, (low, high) in ranges.items() for b in range(low, high + 1, 10)]
+    assert len(expected) == 313 and BINS.tolist() == expected
+    assert [len(zhang.gamut_bins(step)) for step in (5, 15, 20)] == [1083, 159, 101]
+
+
+def test_every_color_lies_in_a_cell_of_the_set():
+    ab = some_ab(20, 64).permute(0, 2, 3, 1).flatten(0, 2)
+    known = set(map(tuple, BINS.int().tolist()))
+    low = (ab / 10).floor().int() * 10
+    assert all((a + i, b + j) in known for a, b in set(map(tuple, low.tolist())) for i in (0, 10) for j in (0, 10))
+
+
+def test_lab_and_back():
+    rgb = torch.rand(8, 3, 64, 64, generator=generator())
+    assert float((zhang.lab_to_rgb(zhang.rgb_to_lab(rgb)) - rgb).abs().max()) < 1e-6
+    assert float((zhang.lab_to_rgb(zhang.rgb_to_lab(rgb.double())) - rgb.double()).abs().max()) < 1e-13
+    bytes_ = torch.randint(0, 256, (16, 3, 64, 64), generator=generator(1), dtype=torch.uint8)
+    assert torch.equal((zhang.lab_to_rgb(zhang.rgb_to_lab(bytes_.float() / 255)) * 255).round().byte(), bytes_)
+
+
+def test_white_black_grey_and_red():
+    def lab_of(*rgb):
+        return zhang.rgb_to_lab(torch.tensor(rgb).view(1, 3, 1, 1)).flatten().tolist()
+    assert lab_of(1.0, 1.0, 1.0) == pytest.approx([100, 0, 0], abs=0.01) and lab_of(0.0, 0.0, 0.0) == [0, 0, 0]
+    assert max(map(abs, lab_of(0.5, 0.5, 0.5)[1:])) < 0.02
+    assert lab_of(1.0, 0.0, 0.0) == pytest.approx([53.24, 80.09, 67.20], abs=0.02)  # sRGB's red
+    assert zhang.lab_to_rgb(torch.tensor([50.0, 120.0, 0.0]).view(1, 3, 1, 1)).flatten().tolist()[1] == 0  # outside: cut off
+
+
+# Encoding and decoding
+@pytest.mark.parametrize("neighbors,top,entropy,mean", [(5, 0.6488, 1.135, 1.26), (10, 0.6192, 1.333, 1.44)])
+def test_soft_encoding_is_the_plain_definition(neighbors, top, entropy, mean):
+    ab = some_ab()
+    encoded = zhang.soft_encode(ab, BINS, neighbors)
+    assert encoded.shape == (4, 313, 16, 16) and (encoded > 0).sum(1).unique().tolist() == [neighbors]
+    torch.testing.assert_close(encoded.sum(1), torch.ones(4, 16, 16))
+    point = ab[2, :, 5, 7]
+    distances = [math.dist(point.tolist(), bin_) for bin_ in BINS.tolist()]
+    near = sorted(range(313), key=distances.__getitem__)[:neighbors]
+    raw = {number: math.exp(-distances[number] ** 2 / 50) for number in near}
+    for number in range(313):
+        assert float(encoded[2, number, 5, 7]) == pytest.approx(raw.get(number, 0) / sum(raw.values()), abs=1e-5)
+    on_a_color = zhang.soft_encode(torch.tensor([0.0, 0.0]).view(1, 2, 1, 1), BINS, neighbors).flatten()
+    assert float(on_a_color.max()) == pytest.approx(top, abs=1e-4)
+    assert float(torch.special.entr(on_a_color).sum()) == pytest.approx(entropy, abs=1e-3)
+    assert float(torch.special.entr(encoded).sum(1).mean()) == pytest.approx(mean, abs=0.03)
+
+
+@pytest.mark.parametrize("neighbors", [1, 5, 10])
+def test_the_table_of_candidates_changes_nothing(neighbors):
+    ab = some_ab(8, 64, seed=3)
+    table = zhang.candidate_colors(BINS, neighbors)
+    assert table.shape[2] < 40
+    plain, fast = (zhang.soft_encode(ab, BINS, neighbors, 5.0, candidates) for candidates in (None, table))
+    assert float((plain - fast).abs().max()) < 1e-6
+
+
+def test_decoding_gives_the_color_back():
+    ab = some_ab(8, 32)
+    scores = zhang.soft_encode(ab, BINS).clamp_min(1e-30).log()
+    error = (zhang.annealed_mean(scores, BINS, 1.0) - ab).norm(dim=1)
+    assert float(error.mean()) == pytest.approx(0.22, abs=0.02) and float(error.max()) < 0.75
+    hard = BINS[zhang.soft_encode(ab, BINS).argmax(1)].permute(0, 3, 1, 2)
+    assert float((hard - ab).norm(dim=1).mean()) == pytest.approx(3.8, abs=0.1)
+
+
+def test_annealed_mean_between_its_limits():
+    logits = 3 * torch.randn(2, 313, 4, 4, generator=generator())
+    probabilities = logits.softmax(1)
+    torch.testing.assert_close(zhang.annealed_mean(logits, BINS, 1.0), torch.einsum("nqhw,qc->nchw", probabilities, BINS))
+    torch.testing.assert_close(zhang.annealed_mean(logits, BINS, 0.001), BINS[logits.argmax(1)].permute(0, 3, 1, 2), atol=1e-2, rtol=0)
+    centre = zhang.annealed_mean(logits, BINS, 1e6)[0, :, 0, 0]
+    assert centre.tolist() == pytest.approx([15.69, 6.68], abs=0.01)
+    powered = probabilities ** (1 / 0.38)
+    torch.testing.assert_close(zhang.annealed_mean(logits, BINS, 0.38),
+                               torch.einsum("nqhw,qc->nchw", powered / powered.sum(1, keepdim=True), BINS), atol=1e-3, rtol=1e-4)
+
+
+def test_rebalancing_weights():
+    prior = torch.rand(313, generator=generator()) ** 4
+    prior[:20] = 0
+    prior = prior / prior.sum()
+    for mix in (0.25, 0.5, 0.9):
+        weights = zhang.rebalancing_weights(prior, mix)
+        assert float((prior * weights).sum()) == pytest.approx(1, abs=1e-5)
+        order = prior.argsort()
+        assert (weights[order].diff() <= 1e-5 * weights.max()).all() and weights.isfinite().all()
+    torch.testing.assert_close(zhang.rebalancing_weights(prior, 1.0), torch.ones(313))
+    sharp = F.one_hot(torch.tensor(5), 313).float()
+    weights = zhang.rebalancing_weights(sharp, 0.5)
+    assert float(weights.max() / weights.min()) == pytest.approx(314, rel=1e-3)
+
+
+# Measures
+def test_auc_has_its_known_values():
+    ab = some_ab(4, 32)
+    chroma = ab.square().sum(1).sqrt()
+    assert zhang.color_auc(ab, ab) == 1
+    assert zhang.color_auc(torch.zeros_like(ab), ab) == pytest.approx(1 - float(chroma.clamp_max(150).mean()) / 150, abs=1e-6)
+    thresholds = torch.arange(0, 150.001, 0.25)
+    counted = torch.stack([(chroma <= t).float().mean() for t in thresholds])
+    assert zhang.color_auc(torch.zeros_like(ab), ab) == pytest.approx(float(torch.trapezoid(counted, thresholds)) / 150, abs=1e-3)
+    torch.testing.assert_close(zhang.color_auc(0.5 * ab, ab, torch.full(chroma.shape, 3.0)), zhang.color_auc(0.5 * ab, ab))
+    assert zhang.color_auc(0.5 * ab, ab) > zhang.color_auc(0.2 * ab, ab)
+    assert zhang.color_auc(0 * ab, ab, chroma) < zhang.color_auc(0 * ab, ab)  # vivid pixels count more
+    assert zhang.color_auc(ab + 1e4, ab) == 0
+
+
+def test_grey_images_neither_teach_nor_count():
+    images = some_images()
+    images[2] = images[2, :1]
+    ab = zhang.rgb_to_lab(images.float() / 255)[:, 1:]
+    assert zhang.is_colored(ab).tolist() == [True, True, False, True, True, True]
+    config, palette = some_config(), some_palette(images)
+    *_, weights = zhang.examples(images, config, palette, torch.ones(313), generator())
+    assert weights.flatten(1).sum(1).ne(0).tolist() == [True, True, False, True, True, True]
+    only = zhang.color_measures(lambda lab, first: (None, 0.5 * lab[:, 1:]), config, palette, Resident(images[[0, 1, 3]], torch.zeros(3)))
+    both = zhang.color_measures(lambda lab, first: (None, 0.5 * lab[:, 1:]), config, palette, Resident(images[:4], torch.zeros(4)))
+    assert only == both and only["chroma-ratio"] == pytest.approx(0.5)
+
+
+def some_palette(images):
+    nearest, prior = zhang.candidate_colors(BINS, 1), torch.ones(313) / 313
+    return zhang.Palette(BINS, zhang.candidate_colors(BINS, 5), nearest, prior)
+
+
+def test_frequencies_are_of_train_images_and_smooth(tmp_path):
+    blue = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+    blue[:, 2] = 200
+    palette = zhang.make_palette(some_run(tmp_path), Resident(blue, torch.zeros(3)))
+    ab = zhang.rgb_to_lab(blue[:1].float() / 255)[0, 1:, 0, 0]
+    assert float(palette.prior.sum()) == pytest.approx(1) and (palette.prior > 0).all()
+    assert palette.prior.argmax() == (BINS - ab).norm(dim=1).argmin() and 0.1 < float(palette.prior.max()) < 0.9
+    with pytest.raises(InputError, match="all images of 'embedded' are grey"):
+        zhang.make_palette(some_run(tmp_path), Resident(blue[:, 2:].expand(-1, 3, -1, -1), torch.zeros(3)))
+
+
+# Targets and loss
+def test_targets_are_every_fourth_pixel_of_a_mirrored_crop():
+    images, config = some_images(40, 48), some_config(crop_size=32, image_size=48)
+    lightness, ab, encoded, weights = zhang.examples(images, config, some_palette(images), torch.arange(313.0), generator(5))
+    crops = zhang.crop_and_flip(images, 32, generator(5))
+    lab = zhang.rgb_to_lab(crops.float() / 255)
+    assert lightness.shape == (40, 1, 32, 32) and encoded.shape == (40, 313, 8, 8) and torch.equal(ab, lab[:, 1:, ::4, ::4])
+    torch.testing.assert_close(lightness, lab[:, :1] - 50)
+    assert torch.equal(weights, encoded.argmax(1).float())
+    mirrored = 0
+    for image, crop in zip(images, crops):
+        windows = image.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
+        straight, turned = ((windows == each).flatten(1).all(1).any() for each in (crop, crop.flip(2)))
+        assert straight or turned
+        mirrored += bool(turned and not straight)
+    assert 8 < mirrored < 32
+
+
+def test_loss_starts_at_a_guess_and_stays_above_the_targets_entropy():
+    model, ab = some_network(), some_ab(4, 8)
+    encoded = zhang.soft_encode(ab, BINS)
+    scores = model(torch.randn(4, 1, 32, 32, generator=generator()))
+    assert scores.shape == (4, 313, 8, 8)
+    losses = zhang.color_loss(scores, encoded, torch.ones(4, 8, 8))
+    assert float(losses["loss"].detach()) == pytest.approx(math.log(313), abs=1e-5)
+    best = zhang.color_loss(encoded.clamp_min(1e-30).log(), encoded, torch.ones(4, 8, 8))["loss"]
+    assert float(best) == pytest.approx(float(torch.special.entr(encoded).sum(1).mean()), abs=1e-4)
+
+
+def test_a_pixels_gradient_is_multiplied_by_its_weight():
+    scores = torch.randn(2, 313, 3, 3, generator=generator(), requires_grad=True)
+    encoded, weights = zhang.soft_encode(some_ab(2, 3), BINS), torch.rand(2, 3, 3, generator=generator(1))
+    weights[1, 2, 2] = 0
+    plain, weighted = (torch.autograd.grad(zhang.color_loss(scores, encoded, each)["loss"], scores)[0]
+                       for each in (torch.ones(2, 3, 3), weights))
+    torch.testing.assert_close(weighted, weights[:, None] * plain)
+    assert not weighted[1, :, 2, 2].any()
+
+
+# Networks
+def test_shapes_and_sizes_of_the_papers_networks():
+    model = zhang.ColorizationNetwork("paper").eval()
+    with torch.no_grad():
+        maps = model.maps(torch.zeros(1, 1, 64, 64))
+        assert [tuple(each.shape[1:]) for each in maps] == [(64, 32, 32), (128, 16, 16), *[(256, 8, 8)], *[(512, 8, 8)] * 4]
+        assert model.head(maps[-1]).shape == (1, 313, 16, 16)
+    assert sum(p.numel() for p in model.parameters()) == 32_230_393
+    alexnet = zhang.ColorizationNetwork("alexnet", 0.1)
+    with torch.no_grad():
+        assert alexnet(torch.zeros(2, 1, 176, 176)).shape == (2, 313, 44, 44)
+
+
+def test_predictions_are_enlarged_onto_their_own_pixels():
+    ab = torch.randn(2, 2, 8, 8, generator=generator())
+    large = zhang.enlarge(ab, (32, 32), (32, 32))
+    torch.testing.assert_close(large[..., ::4, ::4], ab)
+    torch.testing.assert_close(large[..., 2, ::4], (ab[..., 0, :] + ab[..., 1, :]) / 2)
+    double = zhang.enlarge(ab, (32, 32), (64, 64))
+    assert double.shape == (2, 2, 64, 64) and torch.equal(double[:, :, 10:20], zhang.enlarge(ab, (32, 32), (64, 64), slice(10, 20)))
+    ramp = torch.arange(8.0).expand(1, 2, 8, 8)
+    same, double = (zhang.enlarge(ramp, (32, 32), (side, side)) for side in (32, 64))
+    torch.testing.assert_close(F.avg_pool2d(double, 2)[..., 1:-4], same[..., 1:-4])  # pixels lie where they lay
+
+
+def test_rescaling_makes_every_convolution_put_out_unit_deviation():
+    torch.manual_seed(0)
+    model = zhang.ColorizationNetwork("paper", 0.05, BINS).eval()
+    lightness = 30 * torch.randn(8, 1, 32, 32, generator=generator())
+    zhang.rescale(model, lightness)
+    deviations = []
+    for layer in model.modules():
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+            layer.register_forward_hook(lambda layer, inputs, output: deviations.append(output.std((0, 2, 3))))
+    scores = model(lightness)
+    assert len(deviations) == 23 and all(bool((each - 1).abs().max() < 0.01) for each in deviations[:-1]) and not scores.any()
+
+
+# Config
+@pytest.mark.parametrize("override,message", [
+    ("crop_size=40", "multiple of 16"), ("crop_size=48", "do not fit"), ("mix=2", "at most 1"), ("network=vgg", "paper, small, alexnet"),
+    ("step=50", "too few colours"), ("temperature=0", "above 0"), ("loss=l1", "classification, l2"), ("second_momentum=1", "below 1"),
+])
+def test_wrong_settings_are_named(override, message):
+    with pytest.raises(InputError, match=message):
+        trainer.resolve_config(zhang.Config, SETTINGS, "smoke", 0, [override])
+
+
+def test_paper_scale_is_the_papers_schedule():
+    config = trainer.resolve_config(zhang.Config, SETTINGS, "paper")
+    assert (config.batch_size, config.crop_size, config.network, config.width) == (40, 176, "paper", 1.0)
+    assert int(config.pretext_epochs * 1_281_167 / 40) == pytest.approx(450_000, rel=0.001)
+    rate = trainer.stepped(config.pretext_rate, config.pretext_drops, 10 ** -0.5)
+    assert [rate(step / 450_000) for step in (0, 201_000, 376_000)] == pytest.approx([3.16e-5, 1e-5, 3.16e-6], rel=0.01)
+
+
+# Short training
+@pytest.mark.parametrize("variant", ["full", "l2", "alexnet"])
+def test_two_worlds_of_one_color_each_are_told_apart(tmp_path, variant):
+    """Dark images are blue, light ones orange: after a few steps the right colour is predicted from lightness alone."""
+    levels = torch.tensor([[30, 40, 120], [240, 170, 90]], dtype=torch.uint8).repeat(40, 1)
+    noise = torch.randint(-12, 13, (80, 1, 32, 32), generator=generator())
+    images = (levels[:, :, None, None].int() + noise).clamp(0, 255).byte()
+    split = Resident(images, torch.zeros(80, dtype=torch.int64))
+    run = some_run(tmp_path, precision="float32", pretext_rate=0.01, pretext_epochs=60 * 16.5 / 80, batch_size=16)
+    config = zhang.settings_of(run.config, variant)
+    palette = zhang.make_palette(run, split)
+    model, _ = zhang.pretrain(run, ImageSet("x", split, split, 2), config, palette, variant)
+    _, ab = zhang.predict(run, model.eval(), zhang.rgb_to_lab(images[:2].float() / 255), 0.38)
+    means = ab.mean((2, 3))
+    assert means[0, 1] < -15 and means[1, 1] > 15
+
+
+def test_smoke_runs_and_keeps_to_deterministic_operations(tmp_path, folders, graphs):
+    assert zhang.main(["--scale", "smoke", "--set", "pretext_epochs=0.02", *folders]) == 0
+    assert len(graphs) > 15 and not graphs.offenders()
+    (path,) = (tmp_path / "results").rglob("zhang_colorization.jsonl")
+    records = {record["row"]: record for record in map(json.loads, path.read_text().splitlines())}
+    assert records["full/cross-entropy"]["value"] < math.log(313) and records["full/cross-entropy"]["history"]["cross_entropy"]
+    assert 50 < records["grey/auc-raw"]["value"] < 100 and records["grey/auc-raw"]["steps"] == 0
+
+
+# Use
+@pytest.fixture
+def checkpoint(tmp_path):
+    model = some_network()
+    torch.nn.init.normal_(model.head[-1].weight, std=0.5)
+    path = tmp_path / "full.pt"
+    torch.save({"model": model.state_dict()}, path)
+    return path
+
+
+def test_a_folder_is_colored_and_what_is_no_picture_is_named(tmp_path, checkpoint, capsys):
+    source, target = tmp_path / "grey ones", tmp_path / "out"
+    source.mkdir()
+    ramp = torch.arange(120).repeat(90, 1).byte() * 2
+    Image.fromarray(ramp.numpy()).save(source / "a.png")
+    Image.fromarray(ramp.numpy()).convert("RGBA").save(source / "b.webp")
+    (source / "c.jpg").write_text("no picture")
+    Image.fromarray(ramp.numpy()).save(source / "d.jpg")
+    assert zhang.main(["--colorize", str(source), str(target), "--checkpoint", str(checkpoint), "--device", "cpu"]) == 2
+    out, error = capsys.readouterr()
+    assert sorted(path.name for path in target.iterdir()) == ["a.png", "b.png", "d.jpg"]
+    assert len(error.splitlines()) == 1 and "c.jpg cannot be coloured" in error and "4/4" in out
+    with Image.open(target / "a.png") as picture:
+        assert picture.size == (120, 90) and picture.mode == "RGB"
+        made = zhang.rgb_to_lab(zhang.pil_to_tensor(picture)[None].float() / 255)
+    truth = zhang.rgb_to_lab(ramp.expand(1, 3, -1, -1).float() / 255)
+    middle = slice(30, 90)  # where no colour leaves the gamut, lightness is the picture's own
+    assert float((made[:, 0] - truth[:, 0])[..., middle].abs().mean()) < 1.5 and float(made[:, 1:].abs().mean()) > 2
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["--colorize", "nowhere", "out"], "no picture or folder"), (["--colorize", "in.png"], "expected 2 arguments"),
+    (["--colorize", "in.png", "in.png"], "is the input"), (["--colorize", "in.png", "out.png", "--checkpoint", "in.png"], "is no checkpoint"),
+])
+def test_bad_use_gets_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (20, 20), 100).save("in.png")
+    assert zhang.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and message in error
+
+
+def test_a_large_picture_takes_less_than_two_gigabytes(tmp_path, checkpoint):
+    Image.linear_gradient("L").resize((4000, 3000)).save(tmp_path / "large.jpg")
+    code = ("import resource, sys; from papers import zhang_colorization as z; status = z.main(sys.argv[1:]); "
+            "print(status, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    done = subprocess.run([sys.executable, "-c", code, "--colorize", tmp_path / "large.jpg", tmp_path / "out.png", "--checkpoint",
+                           checkpoint, "--device", "cpu"], capture_output=True, text=True, cwd=trainer.ROOT)
+    status, kilobytes = done.stdout.split()[-2:]
+    assert status == "0" and int(kilobytes) < 2e6, done.stderr
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.size == (4000, 3000)
