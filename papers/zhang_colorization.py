@@ -138,13 +138,16 @@ CLAIMS = [
      "Where rare colours count as much, the full method beats regression", "Table 1"),
     ("rebalanced-beats-grey", "full/auc-rebalanced", ">", "grey/auc-rebalanced", 0.0,
      "Where rare colours count as much, the full method beats grey", "Table 1"),
-    ("raw-prefers-class", "class/auc-raw", ">", "full/auc-raw", 0.0, "The raw measure does not rank the full method first", "Table 1"),
-    ("more-vivid-than-class", "full/chroma-ratio", ">", "class/chroma-ratio", 0.0, "Rebalancing makes colours more vivid", "the method"),
+    ("raw-prefers-class", "class/auc-raw", ">", "full/auc-raw", 0.0, "The raw measure does not rank the full method first",
+     "Table 1"),
+    ("more-vivid-than-class", "full/chroma-ratio", ">", "class/chroma-ratio", 0.0, "Rebalancing makes colours more vivid",
+     "the method"),
     ("more-vivid-than-l2", "full/chroma-ratio", ">", "l2/chroma-ratio", 0.0,
      "The full method's colours are more vivid than regression's", "the method"),
     ("beats-prior", "class/cross-entropy", "<", "prior/cross-entropy", 0.2,
      "The classifier knows more than how frequent colours are", "the method"),
-    ("semantic", "full/semantic", ">", "grey/semantic", 0.0, "A classifier reads recoloured images better than grey ones", "Table 1"),
+    ("semantic", "full/semantic", ">", "grey/semantic", 0.0, "A classifier reads recoloured images better than grey ones",
+     "Table 1"),
     ("beats-random", "full/block4/linear", ">", "random/block4/linear", 3.0, "Colorization features beat random ones, linear probe",
      "survey's table"),
     ("first-block-does-not", "full/block1/linear", "<", "random/block1/linear", -3.0,
@@ -214,11 +217,12 @@ class Config:
     def __post_init__(self):
         trainer.check_settings(
             self, positive=("image_size", "crop_size", "width", "step", "neighbors", "sigma", "temperature", "probe_cells"),
-            shares=("mix", "warmup"), network=("paper", "small", "alexnet"), loss=("classification", "l2"))
+            shares=("mix", "warmup"), network=KINDS, loss=("classification", "l2"))
         trainer.require(self.second_momentum < 1, f"second_momentum must be below 1, not {self.second_momentum}")
         for name in ("image_size", "crop_size"):
             trainer.require(getattr(self, name) % 16 == 0, f"{name} must be a multiple of 16, not {getattr(self, name)}")
-        trainer.require(self.image_size >= self.crop_size, f"image_size {self.image_size}: crops of {self.crop_size} pixels do not fit")
+        trainer.require(self.image_size >= self.crop_size,
+                        f"image_size {self.image_size}: crops of {self.crop_size} pixels do not fit")
         trainer.require(self.step <= 40, f"step {self.step}: cells of more than 40 leave too few colours")
 
 
@@ -228,15 +232,16 @@ def load_data(run):
     config = run.config
     data = run.load(config.dataset, config.image_size, config.streamed or None)
     side = data.train.images.shape[-1] if hasattr(data.train, "images") else config.image_size
-    trainer.require(side >= config.crop_size and side % 16 == 0, f"images of '{config.dataset}' have {side} pixels: a multiple of 16 "
-                    f"is needed, and crop_size={config.crop_size} must fit")
+    trainer.require(side >= config.crop_size and side % 16 == 0, f"images of '{config.dataset}' have {side} pixels: a multiple of "
+                    f"16 is needed, and crop_size={config.crop_size} must fit")
     return data
 
 
 def crop_and_flip(images, size, generator):
     """(N,C,H,W), any dtype -> (N,C,size,size): a random crop of each image, mirrored in half of the cases."""
     count, device = len(images), images.device
-    top, left = ((torch.rand(count, 1, generator=generator, device=device) * (side - size + 1)).long() for side in images.shape[-2:])
+    top, left = ((torch.rand(count, 1, generator=generator, device=device) * (side - size + 1)).long()
+                 for side in images.shape[-2:])
     flip = torch.rand(count, 1, generator=generator, device=device) < 0.5
     window = torch.arange(size, device=device)
     rows, columns = top + window, left + torch.where(flip, size - 1 - window, window)  # (N, size)
@@ -267,6 +272,12 @@ def lab_to_rgb(lab):
     xyz = torch.where(roots > 0.2068966, roots ** 3, (roots - 16 / 116) / 7.787)
     linear = torch.einsum("ij,njhw->nihw", TO_XYZ.inverse().to(lab.device), xyz).clamp(0, 1)
     return torch.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear).to(lab.dtype)
+
+
+def lab_of(images):
+    """(N,3,H,W) uint8 -> CIE Lab, whatever precision training runs in."""
+    with torch.autocast(images.device.type, enabled=False):
+        return rgb_to_lab(images.float() / 255)
 
 
 def gamut_bins(step=10):
@@ -362,7 +373,7 @@ def make_palette(run, split):
     nearest, counts = candidate_colors(bins, 1), torch.ones(len(bins), dtype=torch.int64, device=run.device)  # none at 0
     spread = torch.linspace(0, len(split) - 1, min(len(split), 10000)).long()
     for images, _ in split.batches(spread.split(250)):
-        ab = rgb_to_lab(images[..., ::STRIDE, ::STRIDE].float() / 255)[:, 1:]
+        ab = lab_of(images[..., ::STRIDE, ::STRIDE])[:, 1:]
         ab = ab[is_colored(ab)].permute(0, 2, 3, 1).flatten(0, 2)
         counts += nearest_colors(ab, bins, 1, nearest)[1].flatten().bincount(minlength=len(bins))
     trainer.require(int(counts.sum()) > len(bins), f"all images of '{run.config.dataset}' are grey: there are no colours to learn")
@@ -373,16 +384,19 @@ def make_palette(run, split):
 
 def examples(images, config, palette, weights, generator):
     """(N,3,S,S) uint8 -> lightness (N,1,s,s) less 50, colours (N,2,s/4,s/4), their encoding (N,Q,s/4,s/4), weights (N,s/4,s/4)."""
-    lab = rgb_to_lab(crop_and_flip(images, config.crop_size, generator).float() / 255)
+    lab = lab_of(crop_and_flip(images, config.crop_size, generator))
     ab = lab[:, 1:, ::STRIDE, ::STRIDE]
     encoded = soft_encode(ab, palette.bins, config.neighbors, config.sigma, palette.candidates)
     return lab[:, :1] - 50, ab, encoded, weights[encoded.argmax(1)] * is_colored(lab[:, 1:])[:, None, None]
 
 
 # Network
-NETWORKS = {  # (channels, convolutions, stride of the last, dilation) of blocks 1 to 7, then channels and convolutions of block 8
-    "paper": (((64, 2, 2, 1), (128, 2, 2, 1), (256, 3, 2, 1), (512, 3, 1, 1), (512, 3, 1, 2), (512, 3, 1, 2), (512, 3, 1, 1)), 256, 2),
-    "small": (((64, 1, 2, 1), (128, 1, 2, 1), (256, 1, 2, 1), (512, 1, 1, 1), (512, 1, 1, 2), (512, 1, 1, 2), (512, 1, 1, 1)), 256, 1),
+KINDS = ("paper", "small", "alexnet")
+NETWORKS = {  # (channels, convolutions, stride of the last, dilation) of blocks 1 to 7; channels and convolutions of block 8
+    "paper": (((64, 2, 2, 1), (128, 2, 2, 1), (256, 3, 2, 1), (512, 3, 1, 1), (512, 3, 1, 2), (512, 3, 1, 2), (512, 3, 1, 1)),
+              256, 2),
+    "small": (((64, 1, 2, 1), (128, 1, 2, 1), (256, 1, 2, 1), (512, 1, 1, 1), (512, 1, 1, 2), (512, 1, 1, 2), (512, 1, 1, 1)),
+              256, 1),
 }
 
 
@@ -396,13 +410,14 @@ class ColorizationNetwork(nn.Module):
         super().__init__()
         self.register_buffer("bins", gamut_bins() if bins is None else bins.clone())
         # what it takes to build the network again from a checkpoint
-        self.register_buffer("design", torch.tensor([("paper", "small", "alexnet").index(network), width, loss == "l2", image_size]))
+        self.register_buffer("design", torch.tensor([KINDS.index(network), width, loss == "l2", image_size]))
         outputs = 2 if loss == "l2" else len(self.bins)
         if network == "alexnet":
             blocks, channels = alexnet_blocks(inputs, width)
+            units = scaled(4096, width)
             self.head = nn.Sequential(  # fc6 to fc8 as convolutions, then from a sixteenth to a quarter of the side
-                nn.MaxPool2d(3, 1, 1), *normed(nn.Conv2d(channels, scaled(4096, width), 6, padding=5, dilation=2)),
-                *normed(nn.Conv2d(scaled(4096, width), scaled(4096, width), 1)), nn.Conv2d(scaled(4096, width), outputs, 1), Enlarge(4))
+                nn.MaxPool2d(3, 1, 1), *normed(nn.Conv2d(channels, units, 6, padding=5, dilation=2)),
+                *normed(nn.Conv2d(units, units, 1)), nn.Conv2d(units, outputs, 1), Enlarge(4))
         else:
             specifications, units, convolutions = NETWORKS[network]
             blocks, channels = main_blocks(specifications, inputs, width)
@@ -446,10 +461,11 @@ def main_blocks(specifications, inputs, width):
 
 
 def alexnet_blocks(inputs, width):
-    """conv1 to conv5 of the paper's AlexNet (official code): (channels, kernel, stride, padding, groups, pooling)."""
+    """conv1 to conv5 of the paper's AlexNet (official code)."""
     blocks = []
-    for channels, kernel, stride, padding, groups, pooling in ((96, 11, 4, 5, 1, True), (256, 5, 1, 2, 2, True), (384, 3, 1, 1, 1, False),
-                                                               (384, 3, 1, 1, 2, False), (256, 3, 1, 1, 2, False)):
+    for channels, kernel, stride, padding, groups, pooling in (
+            (96, 11, 4, 5, 1, True), (256, 5, 1, 2, 2, True), (384, 3, 1, 1, 1, False), (384, 3, 1, 1, 2, False),
+            (256, 3, 1, 1, 2, False)):
         outputs = scaled(channels, width)
         blocks.append(nn.Sequential(*normed(nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups)),
                                     *[nn.MaxPool2d(3, 2, 1)] * pooling))
@@ -579,89 +595,95 @@ def enlarge(ab, seen, size, rows=slice(None)):
 
 
 @torch.no_grad()
-def predict(run, model, lab, temperature):
-    """(scores (N,Q,h,w) or None, colours (N,2,H,W)) for pictures (N,3,H,W) in Lab, of which only L is looked at."""
+def scores_of(run, model, lab):
+    """What a network says of pictures (N,3,H,W) in Lab, of which it sees L: float32."""
+    model.eval()
     with run.autocast():
-        scores = model((lab[:, :1] - 50).contiguous(memory_format=torch.channels_last)).float()
-    ab = 100 * scores if scores.shape[1] == 2 else annealed_mean(scores, model.bins, temperature)
-    return None if scores.shape[1] == 2 else scores, enlarge(ab, lab.shape[-2:], lab.shape[-2:])
+        return model((lab[:, :1] - 50).contiguous(memory_format=torch.channels_last)).float()
 
 
-def colorers(run, config, palette, train, models):
-    """{name: function of (pictures in Lab (N,3,H,W), number of the first) -> (scores or None, colours (N,2,H,W))}."""
-    mode = palette.bins[palette.prior.argmax()]
-
-    def random_colors(lab, first):
-        chosen = torch.randint(len(train), (len(lab),), generator=run.stream("random colors", first))
-        return None, rgb_to_lab(next(train.batches([chosen]))[0].float() / 255)[:, 1:]
-
-    known = {"grey": lambda lab, first: (None, torch.zeros_like(lab[:, 1:])), "truth": lambda lab, first: (None, lab[:, 1:]),
-             "prior-mode": lambda lab, first: (None, mode.view(1, 2, 1, 1).expand_as(lab[:, 1:])), "random-colors": random_colors}
-    for name, model in models.items():
-        known[name] = lambda lab, first, model=model.eval(): predict(run, model, lab, config.temperature)
-    return known
+def colors_of(model, scores, temperature):
+    """Scores (N,Q,h,w), or colours in hundreds (N,2,h,w) of a network with l2 loss -> colours (N,2,h,w)."""
+    return 100 * scores if scores.shape[1] == 2 else annealed_mean(scores, model.bins, temperature)
 
 
-def color_measures(color, config, palette, test):
-    """{measure: value} of a colorer on test images that have colours: auc-raw and auc-rebalanced in percent, chroma-ratio, and, of
-    classifiers, cross-entropy in nats."""
-    rare = rebalancing_weights(palette.prior, mix=0.0)
-    raw = rebalanced = weight = pixels = chroma = true_chroma = entropy = targets = 0.0
-    for number, (images, _) in enumerate(test.batches(torch.arange(len(test)).split(100))):
-        lab = rgb_to_lab(images.float() / 255)
+def by_network(run, model, temperature):
+    """A way to colour: pictures (N,3,H,W) in Lab -> colours (N,2,H,W)."""
+    return lambda lab: enlarge(colors_of(model, scores_of(run, model, lab), temperature), lab.shape[-2:], lab.shape[-2:])
+
+
+def by_nobody(run, name, palette, train):
+    """The controls: "truth", "grey", "prior-mode" (the most frequent colour), "random-colors" (a random training image's)."""
+    def random_colors(lab):
+        chosen = torch.randint(len(train), (len(lab),), generator=generator)
+        return lab_of(next(train.batches([chosen]))[0])[:, 1:]
+
+    generator = run.stream("random colors")
+    mode = palette.bins[palette.prior.argmax()].view(1, 2, 1, 1)
+    return {"truth": lambda lab: lab[:, 1:], "grey": lambda lab: torch.zeros_like(lab[:, 1:]),
+            "prior-mode": lambda lab: mode.expand_as(lab[:, 1:]), "random-colors": random_colors}[name]
+
+
+def colored_pictures(test):
+    """The test images that have colours, in Lab (N,3,H,W), batch by batch."""
+    for images, _ in test.batches(torch.arange(len(test)).split(100)):
+        lab = lab_of(images)
         kept = is_colored(lab[:, 1:])
-        if not kept.any():
-            continue
-        lab = lab[kept]
-        true = lab[:, 1:]
-        scores, ab = color(lab, number)
-        flat = true.permute(0, 2, 3, 1).flatten(0, 2)
-        weights = rare[nearest_colors(flat, palette.bins, 1, palette.nearest)[1]].view(true[:, 0].shape)
+        if kept.any():
+            yield lab[kept]
+
+
+def color_measures(color, palette, test):
+    """{"auc-raw", "auc-rebalanced": percent, "chroma-ratio"} of a way to colour; rebalanced: pixels count by the rarity of their
+    colour in train images."""
+    rare, sums = rebalancing_weights(palette.prior, mix=0.0), torch.zeros(6, dtype=torch.float64)
+    for lab in colored_pictures(test):
+        true, ab = lab[:, 1:], color(lab)
+        nearest = nearest_colors(true.permute(0, 2, 3, 1).flatten(0, 2), palette.bins, 1, palette.nearest)[1]
+        weights = rare[nearest].view(true[:, 0].shape)
         count, heavy = weights.numel(), float(weights.double().sum())
-        raw, rebalanced = raw + count * color_auc(ab, true), rebalanced + heavy * color_auc(ab, true, weights)
-        pixels, weight = pixels + count, weight + heavy
-        chroma, true_chroma = (total + float(each.square().sum(1).sqrt().double().sum())
-                               for total, each in ((chroma, ab), (true_chroma, true)))
-        if scores is not None:
-            encoded = soft_encode(true[..., ::STRIDE, ::STRIDE], palette.bins, config.neighbors, config.sigma, palette.candidates)
-            entropy += encoded[:, 0].numel() * float(color_loss(scores, encoded, torch.ones_like(encoded[:, 0]))["loss"])
-            targets += encoded[:, 0].numel()
-    measures = {"auc-raw": 100 * raw / pixels, "auc-rebalanced": 100 * rebalanced / weight, "chroma-ratio": chroma / true_chroma}
-    return measures | ({"cross-entropy": entropy / targets} if targets else {})
+        chroma, true_chroma = (float(each.square().sum(1).sqrt().double().sum()) for each in (ab, true))
+        sums += torch.tensor([count * color_auc(ab, true), count, heavy * color_auc(ab, true, weights), heavy, chroma, true_chroma])
+    raw, rebalanced, ratio = (sums[::2] / sums[1::2]).tolist()
+    return {"auc-raw": 100 * raw, "auc-rebalanced": 100 * rebalanced, "chroma-ratio": ratio}
 
 
-def prior_entropy(config, palette, test):
-    """Mean cross-entropy, in nats, of the train images' frequencies on the encoded colours of test images."""
-    def always(lab, first):
-        height, width = (-(-side // STRIDE) for side in lab.shape[-2:])
-        return palette.prior.log().view(1, -1, 1, 1).expand(len(lab), -1, height, width), lab[:, 1:]
-    return color_measures(always, config, palette, test)["cross-entropy"]
+def prior_scores(palette):
+    """Scores that say for every pixel how frequent colours are in train images."""
+    def score(lab):
+        height, width = (side // STRIDE for side in lab.shape[-2:])
+        return palette.prior.log().view(1, -1, 1, 1).expand(len(lab), -1, height, width)
+    return score
 
 
-def recolored(images, color, number):
-    """uint8 (N,3,H,W) -> the same lightness with a colorer's colours, as uint8 (N,3,H,W)."""
-    lab = rgb_to_lab(images.float() / 255)
-    return (lab_to_rgb(torch.cat([lab[:, :1], color(lab, number)[1]], 1)) * 255).round().byte()
+def cross_entropy(score, config, palette, test):
+    """Mean cross-entropy in nats, without weights, of score(pictures in Lab) -> (N,Q,h,w) on the encoded colours of test images."""
+    total = count = 0
+    for lab in colored_pictures(test):
+        encoded = soft_encode(lab[:, 1:, ::STRIDE, ::STRIDE], palette.bins, config.neighbors, config.sigma, palette.candidates)
+        ones = torch.ones_like(encoded[:, 0])
+        total += ones.numel() * float(color_loss(score(lab), encoded, ones)["loss"])
+        count += ones.numel()
+    return total / count
+
+
+def recolored(images, color):
+    """uint8 (N,3,H,W) -> the same lightness in other colours, as uint8 (N,3,H,W)."""
+    lab = lab_of(images)
+    return (lab_to_rgb(torch.cat([lab[:, :1], color(lab)], 1)) * 255).round().byte()
 
 
 def semantic_accuracy(run, classifier, color, test):
     """Percent of recoloured test images whose class a classifier trained on colour images tells right."""
-    classifier.eval()
-    hits = 0
-    for number, (images, labels) in enumerate(test.batches(torch.arange(len(test)).split(100))):
-        with torch.no_grad():
-            seen = seen_by(True)(recolored(images, color, number))
-            with run.autocast():
-                hits += int((classifier(seen).argmax(1) == labels).sum())
-    return 100.0 * hits / len(test)
+    see = seen_by(True)
+    return frozen.class_accuracy(run, classifier, lambda images: see(recolored(images, color)), test)
 
 
 def seen_by(color):
     """What a network sees of whole images (N,3,S,S) uint8: L less 50, and a, b too if it sees colours."""
     def see(images):
-        with torch.autocast(images.device.type, enabled=False):
-            lab = rgb_to_lab(images.float() / 255)
-            lab[:, 0] -= 50
+        lab = lab_of(images)
+        lab[:, 0] -= 50
         return lab[:, :3 if color else 1].contiguous(memory_format=torch.channels_last)
     return see
 
@@ -697,7 +719,8 @@ def evaluate(run, data):
             if name in VARIANTS:
                 networks[name] = pretrain(run, data, settings_of(config, name), palette, name)
             elif name.endswith("random"):
-                networks[name] = build(run, settings_of(config, "alexnet" if name.startswith("alexnet") else "full"), palette.bins), 0.0
+                kind = "alexnet" if name.startswith("alexnet") else "full"
+                networks[name] = build(run, settings_of(config, kind), palette.bins), 0.0
             else:
                 networks[name] = supervised(name)[::2]
         return networks[name]
@@ -711,28 +734,34 @@ def evaluate(run, data):
         classifier, steps, seconds = classify(run, row, model, data, config.finetune_rate, epochs)
         return classifier, steps, before + seconds
 
-    def colorer(name):
-        """(colorer, seconds)."""
-        models = {name: network(name)[0]} if name in VARIANTS else {}
-        return colorers(run, config, palette, data.train, models)[name], network(name)[1] if name in VARIANTS else 0.0
+    def way(name):
+        """(a way to colour, seconds that it cost)."""
+        if name not in VARIANTS:
+            return by_nobody(run, name, palette, data.train), 0.0
+        model, seconds = network(name)
+        return by_network(run, model, config.temperature), seconds
 
     steps = trainer.updates(config.pretext_epochs, data.unlabeled, config.batch_size)
-    metrics = {"auc-raw": "AuC, %", "auc-rebalanced": "AuC, %", "chroma-ratio": "ratio", "cross-entropy": "nats"}
     for name in ("grey", "random-colors", "prior-mode", "l2", "class", "full"):
-        wanted = run.wanted(*(row for row in PAPER if row.split("/")[0] == name and row.split("/")[1] in metrics))
+        wanted = run.wanted(*(f"{name}/{measure}" for measure in ("auc-raw", "auc-rebalanced", "chroma-ratio")
+                              if f"{name}/{measure}" in PAPER))
         if wanted:
-            color, seconds = colorer(name)
-            values, own = run.measure(lambda test: color_measures(color, config, palette, test), data.test)
+            color, seconds = way(name)
+            values, own = run.measure(lambda test: color_measures(color, palette, test), data.test)
             for row in wanted:
                 measure = row.split("/")[1]
-                run.record(row, values[measure], steps=steps * (name in VARIANTS), seconds=seconds + own, metric=metrics[measure],
-                           history=run.history.get(name) if measure == "cross-entropy" else None)
-    if run.wanted("prior/cross-entropy"):
-        value, own = run.measure(lambda test: prior_entropy(config, palette, test), data.test)
-        run.record("prior/cross-entropy", value, steps=0, seconds=own, metric="nats")
+                run.record(row, values[measure], steps=steps * (name in VARIANTS), seconds=seconds + own,
+                           metric="ratio" if measure == "chroma-ratio" else "AuC, %")
+    for name in ("prior", "class", "full"):
+        if run.wanted(f"{name}/cross-entropy"):
+            model, seconds = network(name) if name != "prior" else (None, 0.0)
+            score = (lambda lab: scores_of(run, model, lab)) if model else prior_scores(palette)
+            value, own = run.measure(lambda test: cross_entropy(score, config, palette, test), data.test)
+            run.record(f"{name}/cross-entropy", value, steps=steps * (name in VARIANTS), seconds=seconds + own, metric="nats",
+                       history=run.history.get(name))
     for name in ("truth", "grey", "random-colors", "l2", "class", "full"):
         if run.wanted(f"{name}/semantic"):
-            (color, seconds), (classifier, before) = colorer(name), network("supervised-color")
+            (color, seconds), (classifier, before) = way(name), network("supervised-color")
             value, own = run.measure(lambda test: semantic_accuracy(run, classifier, color, test), data.test)
             run.record(f"{name}/semantic", value, steps=0, seconds=seconds + before + own)
     for name in ("full", "random", "supervised-l", "supervised-color", "alexnet", "alexnet-random"):
@@ -752,43 +781,36 @@ def evaluate(run, data):
 
 
 def figures(run, models, palette, data):
-    """Test images in grey, by each method, and as they are: twelve fixed ones, and the full method's six best and six worst; the same
-    at falling temperatures; the colours in the ab plane with their frequencies."""
-    config, path = run.config, run.suite
-    ways = colorers(run, config, palette, data.train, models)
+    """Test images in grey, by each method, and as they are: twelve fixed ones, and six that the full method gets best and worst;
+    six at falling temperatures; the colours in the ab plane and how frequent they are."""
+    ways = {"grey": by_nobody(run, "grey", palette, data.train),
+            **{name: by_network(run, model, run.config.temperature) for name, model in models.items()},
+            "truth": by_nobody(run, "truth", palette, data.train)}
 
-    def rows(images, names):
-        return torch.stack([recolored(images, ways[name], 0) for name in names], 1).flatten(0, 1).cpu().float() / 255
+    def save(name, images, ways, columns):
+        pictures = torch.stack([recolored(images, way) for way in ways], 1).flatten(0, 1).float() / 255
+        save_image(pictures, run.suite / f"{run.paper}_{name}.png", nrow=columns, padding=1)
 
-    names = ["grey", *models, "truth"]
-    picked = torch.linspace(0, len(data.test) - 1, min(1000, len(data.test))).long()
-    fixed = next(data.test.batches([picked[torch.linspace(0, len(picked) - 1, 12).long()]]))[0]
-    save_image(rows(fixed, names), path / f"{run.paper}_pictures.png", nrow=2 * len(names), padding=1)
-    errors = []
-    for images, _ in data.test.batches(picked.split(100)):
-        lab = rgb_to_lab(images.float() / 255)
-        error = (ways["full"](lab, 0)[1] - lab[:, 1:]).square().sum(1).sqrt().mean((1, 2))
-        errors.append(torch.where(is_colored(lab[:, 1:]), error, torch.nan))
-    order = torch.cat(errors).cpu()
-    order = picked[torch.cat([order.nan_to_num(math.inf).argsort()[:6], order.nan_to_num(-math.inf).argsort(descending=True)[:6]])]
-    extremes = next(data.test.batches([order]))[0]
-    save_image(rows(extremes, names), path / f"{run.paper}_best_and_worst.png", nrow=2 * len(names), padding=1)
+    def spread(count, among):
+        return among[torch.linspace(0, len(among) - 1, min(count, len(among))).long()]
 
-    heat = (1.0, 0.77, 0.58, 0.38, 0.29, 0.14, 0.01)
-    model = models["full"]
-    for temperature in heat:
-        ways[str(temperature)] = lambda lab, first, temperature=temperature: predict(run, model, lab, temperature)
-    save_image(rows(fixed[:6], [str(temperature) for temperature in heat]), path / f"{run.paper}_temperature.png", nrow=len(heat), padding=1)
+    some = spread(1000, torch.arange(len(data.test)))
+    fixed = next(data.test.batches([spread(12, some)]))[0]
+    save("pictures", fixed, ways.values(), 2 * len(ways))
+    save("temperature", fixed[:6], [by_network(run, models["full"], temperature)
+                                    for temperature in (1.0, 0.77, 0.58, 0.38, 0.29, 0.14, 0.01)], 7)
+    errors = torch.cat([(ways["full"](lab) - lab[:, 1:]).square().sum(1).sqrt().mean((1, 2))
+                        for lab in (lab_of(images) for images, _ in data.test.batches(some.split(100)))])
+    order = some[errors.cpu().argsort()]
+    save("best_and_worst", next(data.test.batches([torch.cat([order[:6], order[-6:]])]))[0], ways.values(), 2 * len(ways))
 
-    side, cell = 2 * 120 // config.step + 1, 14
-    place = ((palette.bins.cpu() + 120) / config.step).round().long()
-    colors, shades = torch.ones(3, side, side), torch.ones(3, side, side)
+    side = 240 // run.config.step + 1
+    place, panels = ((palette.bins.cpu() + 120) / run.config.step).round().long(), torch.ones(2, 3, side, side)
     lab = torch.cat([torch.full((len(place), 1), 60.0), palette.bins.cpu()], 1)
-    colors[:, place[:, 0], place[:, 1]] = lab_to_rgb(lab[:, :, None, None])[:, :, 0, 0].T
-    logs = palette.prior.cpu().log10().clamp_min(-7)
-    shades[:, place[:, 0], place[:, 1]] = ((logs + 7) / (logs.max() + 7)).expand(3, -1)
-    panels = F.interpolate(torch.stack([colors, shades]), scale_factor=cell)
-    save_image(make_grid(panels, padding=4), path / f"{run.paper}_bins.png")
+    frequency = palette.prior.cpu().log()
+    panels[0, :, place[:, 0], place[:, 1]] = lab_to_rgb(lab[:, :, None, None])[:, :, 0, 0].T
+    panels[1, :, place[:, 0], place[:, 1]] = 0.9 * (frequency - frequency.min()) / (frequency.max() - frequency.min())
+    save_image(make_grid(F.interpolate(panels, scale_factor=14), padding=4), run.suite / f"{run.paper}_bins.png")
 
 
 def reproduce(run):
@@ -802,7 +824,7 @@ def load_colorizer(path, device):
     try:
         state = torch.load(path, map_location=device, weights_only=True)["model"]
         number, width, regression, side = state["design"].tolist()
-        model = ColorizationNetwork(("paper", "small", "alexnet")[int(number)], width, state["bins"],
+        model = ColorizationNetwork(KINDS[int(number)], width, state["bins"],
                                     "l2" if regression else "classification")
         model.load_state_dict(state)
     except Exception as error:  # rubbish can make torch.load raise nearly anything
@@ -818,12 +840,12 @@ def colorize(model, picture, side, temperature=0.38):
     scale = min(1, side / min(picture.size))
     picture = picture.convert("RGB")
     small = picture.resize([max(16, round(length * scale / 16) * 16) for length in picture.size], Image.BILINEAR)
-    lab, pixels = rgb_to_lab(pil_to_tensor(small)[None].to(device).float() / 255), pil_to_tensor(picture)
+    lab, pixels = lab_of(pil_to_tensor(small)[None].to(device)), pil_to_tensor(picture)
     scores = model((lab[:, :1] - 50).contiguous(memory_format=torch.channels_last))
-    ab = 100 * scores if scores.shape[1] == 2 else annealed_mean(scores, model.bins, temperature)
+    ab = colors_of(model, scores, temperature)
     for top in range(0, pixels.shape[1], 256):  # strip by strip and in place, so that large pictures take little memory
         rows = slice(top, top + 256)
-        lightness = rgb_to_lab(pixels[None, :, rows].to(device).float() / 255)[:, :1]
+        lightness = lab_of(pixels[None, :, rows].to(device))[:, :1]
         made = lab_to_rgb(torch.cat([lightness, enlarge(ab, lab.shape[-2:], pixels.shape[-2:], rows)], 1))
         pixels[:, rows] = (made[0] * 255).round().byte().cpu()
     return to_pil_image(pixels)
@@ -843,8 +865,8 @@ def colorize_files(arguments):
         files = sorted(path for path in source.iterdir() if path.is_file()) if source.is_dir() else [source]
         trainer.require(files, f"no files in {source}")
         trained = sorted((trainer.ROOT / "runs" / "zhang_colorization").glob("*/full.pt"), key=lambda path: path.stat().st_mtime)
-        trainer.require(options.checkpoint or trained, "no trained network in runs/: give one with --checkpoint FILE, or train one with "
-                        "--rows full/auc-raw")
+        trainer.require(options.checkpoint or trained, "no trained network in runs/: give one with --checkpoint FILE, or train one "
+                        "with --rows full/auc-raw")
         model, side = load_colorizer(options.checkpoint or trained[-1], trainer.pick_device(options.device))
         failed = 0
         for number, path in enumerate(files, 1):
@@ -856,7 +878,8 @@ def colorize_files(arguments):
                     made = colorize(model, ImageOps.exif_transpose(picture), side)
                 out.parent.mkdir(parents=True, exist_ok=True)
                 made.save(out, **({} if suffix == ".png" else {"quality": 95}))
-                print(f"{number}/{len(files)}  {out}  {made.width} x {made.height}  {time.perf_counter() - start:.1f} s", flush=True)
+                seconds = time.perf_counter() - start
+                print(f"{number}/{len(files)}  {out}  {made.width} x {made.height}  {seconds:.1f} s", flush=True)
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 failed += 1
                 trainer.tell(f"error: {path} cannot be coloured ({str(error).splitlines()[0]})")

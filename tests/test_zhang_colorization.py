@@ -119,7 +119,8 @@ def test_annealed_mean_between_its_limits():
     logits = 3 * torch.randn(2, 313, 4, 4, generator=generator())
     probabilities = logits.softmax(1)
     torch.testing.assert_close(zhang.annealed_mean(logits, BINS, 1.0), torch.einsum("nqhw,qc->nchw", probabilities, BINS))
-    torch.testing.assert_close(zhang.annealed_mean(logits, BINS, 0.001), BINS[logits.argmax(1)].permute(0, 3, 1, 2), atol=1e-2, rtol=0)
+    likeliest = BINS[logits.argmax(1)].permute(0, 3, 1, 2)
+    torch.testing.assert_close(zhang.annealed_mean(logits, BINS, 0.001), likeliest, atol=1e-2, rtol=0)
     centre = zhang.annealed_mean(logits, BINS, 1e6)[0, :, 0, 0]
     assert centre.tolist() == pytest.approx([15.69, 6.68], abs=0.01)
     powered = probabilities ** (1 / 0.38)
@@ -165,8 +166,8 @@ def test_grey_images_neither_teach_nor_count():
     config, palette = some_config(), some_palette(images)
     *_, weights = zhang.examples(images, config, palette, torch.ones(313), generator())
     assert weights.flatten(1).sum(1).ne(0).tolist() == [True, True, False, True, True, True]
-    only = zhang.color_measures(lambda lab, first: (None, 0.5 * lab[:, 1:]), config, palette, Resident(images[[0, 1, 3]], torch.zeros(3)))
-    both = zhang.color_measures(lambda lab, first: (None, 0.5 * lab[:, 1:]), config, palette, Resident(images[:4], torch.zeros(4)))
+    only, both = (zhang.color_measures(lambda lab: 0.5 * lab[:, 1:], palette, Resident(part, torch.zeros(len(part))))
+                  for part in (images[[0, 1, 3]], images[:4]))
     assert only == both and only["chroma-ratio"] == pytest.approx(0.5)
 
 
@@ -265,8 +266,9 @@ def test_rescaling_makes_every_convolution_put_out_unit_deviation():
 
 # Config
 @pytest.mark.parametrize("override,message", [
-    ("crop_size=40", "multiple of 16"), ("crop_size=48", "do not fit"), ("mix=2", "at most 1"), ("network=vgg", "paper, small, alexnet"),
-    ("step=50", "too few colours"), ("temperature=0", "above 0"), ("loss=l1", "classification, l2"), ("second_momentum=1", "below 1"),
+    ("crop_size=40", "multiple of 16"), ("crop_size=48", "do not fit"), ("mix=2", "at most 1"), ("loss=l1", "classification, l2"),
+    ("network=vgg", "paper, small, alexnet"), ("step=50", "too few colours"), ("temperature=0", "above 0"),
+    ("second_momentum=1", "below 1"),
 ])
 def test_wrong_settings_are_named(override, message):
     with pytest.raises(InputError, match=message):
@@ -293,8 +295,7 @@ def test_two_worlds_of_one_color_each_are_told_apart(tmp_path, variant):
     config = zhang.settings_of(run.config, variant)
     palette = zhang.make_palette(run, split)
     model, _ = zhang.pretrain(run, ImageSet("x", split, split, 2), config, palette, variant)
-    _, ab = zhang.predict(run, model.eval(), zhang.rgb_to_lab(images[:2].float() / 255), 0.38)
-    means = ab.mean((2, 3))
+    means = zhang.by_network(run, model, 0.38)(zhang.lab_of(images[:2])).mean((2, 3))
     assert means[0, 1] < -15 and means[1, 1] > 15
 
 
@@ -339,7 +340,8 @@ def test_a_folder_is_colored_and_what_is_no_picture_is_named(tmp_path, checkpoin
 
 @pytest.mark.parametrize("arguments,message", [
     (["--colorize", "nowhere", "out"], "no picture or folder"), (["--colorize", "in.png"], "expected 2 arguments"),
-    (["--colorize", "in.png", "in.png"], "is the input"), (["--colorize", "in.png", "out.png", "--checkpoint", "in.png"], "is no checkpoint"),
+    (["--colorize", "in.png", "in.png"], "is the input"),
+    (["--colorize", "in.png", "out.png", "--checkpoint", "in.png"], "is no checkpoint"),
 ])
 def test_bad_use_gets_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
