@@ -275,9 +275,8 @@ def lab_to_rgb(lab):
 
 
 def lab_of(images):
-    """(N,3,H,W) uint8 -> CIE Lab, whatever precision training runs in."""
-    with torch.autocast(images.device.type, enabled=False):
-        return rgb_to_lab(images.float() / 255)
+    """(N,3,H,W) uint8 -> CIE Lab."""
+    return rgb_to_lab(images.float() / 255)
 
 
 def gamut_bins(step=10):
@@ -609,7 +608,11 @@ def colors_of(model, scores, temperature):
 
 def by_network(run, model, temperature):
     """A way to colour: pictures (N,3,H,W) in Lab -> colours (N,2,H,W)."""
-    return lambda lab: enlarge(colors_of(model, scores_of(run, model, lab), temperature), lab.shape[-2:], lab.shape[-2:])
+    def color(lab):
+        scores = scores_of(run, model, lab)
+        with torch.autocast(lab.device.type, enabled=False):  # bfloat16 would be a level off
+            return enlarge(colors_of(model, scores, temperature), lab.shape[-2:], lab.shape[-2:])
+    return color
 
 
 def by_nobody(run, name, palette, train):
