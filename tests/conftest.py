@@ -1,4 +1,5 @@
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -7,9 +8,33 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks: threads that wai
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+
+def write_folder(root, classes=("cat", "dog"), counts=(6, 4), size=(40, 36), parts=("train", "test"), suffix="png", level=0):
+    """Noise, brighter from class to class, as image files (width, height) in root/<part>/<class>/; returns root."""
+    random = np.random.default_rng(1)
+    for part, count in zip(parts, counts):
+        for index, name in enumerate(classes):
+            (root / part / name).mkdir(parents=True)
+            for number in range(count):
+                image = random.integers(0, 64, (size[1], size[0], 3), dtype=np.uint8) + np.uint8(level + 100 * index % 192)
+                Image.fromarray(image).save(root / part / name / f"{number}.{suffix}")
+    return root
+
+
+@pytest.fixture
+def two_ranks():
+    """two_ranks(paper, *options): the script under torchrun with two processes on the CPU; fails unless it ends well."""
+    def run(paper, *options):
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
+                               f"papers.{paper}", *options, "--device", "cpu"], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+    return run
 
 
 @pytest.fixture

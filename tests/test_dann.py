@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import write_folder
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -308,6 +309,22 @@ def test_discrepancies_are_computed_in_full_precision(tmp_path):
     assert seen == pytest.approx([float(dann.maximum_mean_discrepancy(own, other)), float(dann.coral_loss(own, other))], rel=1e-4)
 
 
+def test_two_ranks_equal_one(tmp_path, two_ranks):
+    """MMD and CORAL are no means over samples, so each rank needs the features of all."""
+    options = ["--scale", "smoke", "--rows", f"{PAIR}/dann,{PAIR}/mmd,{PAIR}/coral", "--set", "steps=4", "--set", "precision=float32",
+               "--set", "rate=0.05"]
+    assert dann.main([*options, "--results", str(tmp_path / "one"), "--runs", str(tmp_path / "r1"), "--device", "cpu"]) == 0
+    two_ranks("dann", *options, "--results", str(tmp_path / "two"), "--runs", str(tmp_path / "r2"))
+    untrained = dann.build(some_run(tmp_path), PAIR, some_domains()).state_dict()
+    for method in ("dann", "mmd", "coral"):
+        (first,), (second,) = (list(path.rglob(f"*_{method}.pt")) for path in (tmp_path / "r1", tmp_path / "r2"))
+        first, second = (torch.load(path, weights_only=True) for path in (first, second))
+        moved = max(float((first["model"][name] - start).abs().max()) for name, start in untrained.items())
+        for name, tensor in first["model"].items():
+            torch.testing.assert_close(second["model"][name], tensor, atol=moved / 1000, rtol=0, msg=lambda m: f"{method} {name}: {m}")
+        assert moved > 1e-3
+
+
 def test_rows_that_may_use_target_labels_do(tmp_path):
     for method in ("train-on-target", "finetuned"):
         models = []
@@ -390,16 +407,6 @@ def test_smoke_runs_every_row_and_keeps_to_deterministic_operations(tmp_path, fo
     assert {"dann.md", "dann_digits.png", "dann_pca.png", "dann_tsne.png", "dann_learning.svg"} <= names
 
 
-def write_folder(root, classes=("cat", "dog"), counts=(24, 6), level=0):
-    for part, count in zip(("train", "test"), counts):
-        for index, name in enumerate(classes):
-            (root / part / name).mkdir(parents=True)
-            for number in range(count):
-                image = some_images(1, size=40, seed=number)[0] // 4 + 100 * index + level
-                Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / part / name / f"{number}.png")
-    return root
-
-
 def own(source, target):
     return ["--scale", "smoke", "--rows", "own/*", "--set", f"source=folder:{source}", "--set", f"target=folder:{target}",
             "--set", "image_size=36", "--set", "steps=5", "--set", "batch_size=8"]
@@ -463,7 +470,8 @@ def test_plan_times_every_row_and_writes_nothing(tmp_path, folders, capsys):
 
 
 def test_two_folders_of_ones_own_adapt(tmp_path, folders):
-    source, target = write_folder(tmp_path / "my photographs"), write_folder(tmp_path / "my sketches", level=50)
+    source, target = (write_folder(tmp_path / name, counts=(24, 6), level=level)
+                      for name, level in (("my photographs", 0), ("my sketches", 50)))
     assert dann.main([*own(source, target), *folders]) == 0
     (path,) = (tmp_path / "results").rglob("dann.jsonl")
     records = [json.loads(line) for line in path.read_text().splitlines()]
@@ -477,7 +485,7 @@ def test_two_folders_of_ones_own_adapt(tmp_path, folders):
     ("one missing", "source and target go together"), ("missing", "no folder with train/<class>/ images"),
 ])
 def test_bad_folders_get_one_line(tmp_path, folders, capsys, case, message):
-    source, target = write_folder(tmp_path / "a"), tmp_path / "b"
+    source, target = write_folder(tmp_path / "a", counts=(24, 6)), tmp_path / "b"
     if case == "other classes":
         write_folder(target, classes=("cat", "fox"))
     elif case == "empty":

@@ -8,23 +8,12 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import write_folder
 from PIL import Image
 
 from papers import gidaris_rotation as rotation
 from replicate import data, trainer
 from replicate.data import InputError
-
-
-
-def write_folder(root, classes=("cat", "dog"), counts=(6, 4), size=(40, 36), parts=("train", "test"), suffix="png"):
-    random = np.random.default_rng(1)
-    for part, count in zip(parts, counts):
-        for name in classes:
-            (root / part / name).mkdir(parents=True)
-            for number in range(count):
-                Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(
-                    root / part / name / f"{number}.{suffix}")
-    return root
 
 
 @pytest.fixture

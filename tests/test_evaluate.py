@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from replicate import evaluate
-from replicate.data import Resident
+from papers import gidaris_rotation as rotation
+from replicate import evaluate, trainer
+from replicate.data import ImageSet, Resident
 
 
 def clusters(count, dimension=20, classes=4, spread=0.5, seed=0):
@@ -157,3 +158,14 @@ def test_mirror_and_shift_moves_whole_images_by_at_most_an_eighth():
 def test_rows_name_their_labels():
     rows = {"supervised": None, "x/conv4/labels20": 20, "x/labels5": 5, "x/conv4/linear": None, "labels20/x": None}
     assert {row: evaluate.labels_of(row) for row in rows} == rows
+
+
+def test_a_plan_needs_no_labels(tmp_path):
+    """While planning the train part is cut short, too short for many labels a class; the other probes are timed all the same."""
+    config = trainer.resolve_config(rotation.Config, trainer.ROOT / "papers" / "gidaris_rotation.yaml", "smoke")
+    run = trainer.Run(rotation.__file__, config, "smoke", "cpu", suite="smoke", results=tmp_path, runs=tmp_path, plan=True)
+    images, labels = torch.rand(4000, 1, 2, 2), torch.arange(4000) % 4
+    split = Resident(images, labels)
+    rows = {"x/block1/linear": (1, "linear"), "x/block1/labels700": (1, "labels700")}
+    evaluate.record_probes(run, rows, lambda: (lambda images: [images], 0.0), ImageSet("x", split, split, 4))
+    assert not run.records and not list(tmp_path.iterdir())

@@ -410,16 +410,12 @@ def test_a_probe_leaves_the_trunk_bit_identical_and_fine_tuning_does_not(tmp_pat
 
 
 # Ranks
-def test_two_ranks_equal_one(tmp_path, tiny):
+def test_two_ranks_equal_one(tmp_path, tiny, two_ranks):
     """torchrun with two processes: the same rows of data, the same weights to rounding, one writer of records."""
     options = [*tiny, *ROW, *settings(precision="float32", pretext_epochs=0.15, conv_epochs=0.15), "--device", "cpu"]
     one = script(*options, "--results", str(tmp_path / "one"), "--runs", str(tmp_path / "r1"), OMP_NUM_THREADS="1")
     assert one.returncode == 0, one.stderr
-    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m",
-                          "papers.gidaris_rotation", *options, "--results", str(tmp_path / "two"), "--runs",
-                          str(tmp_path / "r2")], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                         env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert two.returncode == 0, two.stderr
+    two_ranks("gidaris_rotation", *options, "--results", str(tmp_path / "two"), "--runs", str(tmp_path / "r2"))
     first, second = weights_of(tmp_path / "r1"), weights_of(tmp_path / "r2")
     assert set(first) == set(second) == {"rotnet4.pt", "rotnet4_conv.pt"}
     start = rotation.build(make_run(tmp_path, width=0.05), "rotnet4").state_dict()
