@@ -187,10 +187,15 @@ class Config:
     def __post_init__(self):
         trainer.check_settings(self, positive=("image_size", "width", "patch", "probe_cells"), shares=("pixelation", "warmup"),
                                colors=("dropping", "projection", "all"), network=tuple(NETWORKS))
-        span = 3 * self.patch + 2 * self.gap + 2 * self.jitter
-        trainer.require(self.image_size >= span, f"image_size {self.image_size}: three patches of {self.patch}, two gaps of "
-                        f"{self.gap} and jitter {self.jitter} need {span} pixels")
+        require_room(self, self.image_size, "image_size")
         trainer.require(self.patch >= 16, f"patch {self.patch}: the network needs at least 16 pixels")
+
+
+def require_room(config, side, what):
+    """Raise InputError, naming the patch that would fit, unless images of `side` pixels hold the grid and its jitter."""
+    extra = 2 * config.gap + 2 * config.jitter
+    trainer.require(side >= 3 * config.patch + extra, f"{what} {side}: three patches of {config.patch}, two gaps of {config.gap} and "
+                    f"jitter {config.jitter} need {3 * config.patch + extra} pixels; patch={max(0, (side - extra) // 3)} would fit")
 
 
 # Data: the test split is only ever counted on
@@ -199,8 +204,7 @@ def load_data(run):
     config = run.config
     data = run.load(config.dataset, config.image_size, config.streamed or None)
     side = data.train.images.shape[-1] if hasattr(data.train, "images") else config.image_size
-    trainer.require(side == config.image_size, f"images of '{config.dataset}' have {side} pixels: --set image_size={side}, with "
-                    "patch, gap and jitter to match")
+    require_room(config, side, f"images of '{config.dataset}' of side")
     return data
 
 

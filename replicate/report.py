@@ -18,7 +18,7 @@ import sys
 from html import escape
 from pathlib import Path
 
-LITERALS = ("PAPER", "CLAIMS", "CURVES", "COMPARABLE")
+LITERALS = {"PAPER", "CLAIMS", "CURVES", "COMPARABLE"}
 SHARED_FILES = ("trainer.py", "data.py", "evaluate.py", "embedded.py")
 INDEX_TITLE = "# Results"
 COMPARABLE_SUITES = ("full", "paper")
@@ -29,12 +29,6 @@ SCALES = {
     "paper": "the paper's data and settings, field by field",
 }
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, safe for colour-blind readers
-
-
-def assigned_name(node: ast.stmt) -> str | None:
-    """The name a statement `name = ...` or `name: type = ...` assigns to, else None."""
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    return targets[0].id if len(targets) == 1 and isinstance(targets[0], ast.Name) else None
 
 
 def outline(node) -> str:
@@ -75,7 +69,7 @@ def code_hashes(script: Path) -> dict[str, str]:
     script = script.resolve()
     shared = [script.parent.parent / "replicate" / name for name in SHARED_FILES]
     bodies = {path: [node for node in ast.parse(path.read_bytes(), filename=str(path)).body
-                     if assigned_name(node) not in LITERALS and not isinstance(node, ast.If)]  # if __name__ == "__main__"
+                     if not defined_names(node) & LITERALS and not isinstance(node, ast.If)]  # if __name__ == "__main__"
               for path in [script, *filter(Path.exists, shared)]}
     names, reached = set(), list(bodies[script])
     reached += [node for body in bodies.values() for node in body if not defined_names(node)]  # imports
@@ -98,8 +92,7 @@ def read_literals(script: Path) -> dict:
     found = {"PAPER": {}, "CLAIMS": [], "CURVES": [], "COMPARABLE": COMPARABLE_SUITES, "command": f"python -m papers.{script.stem}",
              "title": (ast.get_docstring(tree) or script.stem).split("\n")[0]}
     try:
-        found.update({assigned_name(node): ast.literal_eval(node.value)
-                      for node in tree.body if assigned_name(node) in LITERALS})
+        found.update({name: ast.literal_eval(node.value) for node in tree.body for name in defined_names(node) & LITERALS})
         named = {row for _, first, sign, second, margin, _, _ in found["CLAIMS"] for row in (first, second)}
         named |= {row for curve in found["CURVES"] for row in rows_of(curve)}
         signs = {claim[2] for claim in found["CLAIMS"]}

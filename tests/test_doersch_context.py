@@ -174,12 +174,21 @@ def test_patches_meet_late_and_their_order_counts():
 
 # Config
 @pytest.mark.parametrize("override,message", [
-    ("image_size=60", "need"), ("patch=8", "at least 16"), ("colors=grey", "dropping, projection, all"), ("pixelation=2", "at most 1"),
+    ("image_size=50", "need 62 pixels; patch=12 would fit"), ("patch=8", "at least 16"), ("colors=grey", "dropping, projection, all"),
+    ("pixelation=2", "at most 1"),
     ("batch_size=0", "above 0"), ("network=vgg", "small, alexnet"), ("gap=-1", "must not be negative"),
 ])
 def test_wrong_settings_are_named(override, message):
     with pytest.raises(InputError, match=message):
         trainer.resolve_config(context.Config, SETTINGS, "smoke", 0, [override])
+
+
+def test_images_too_small_for_the_patches_get_one_line(tmp_path, write_packed, monkeypatch, folders, capsys):
+    monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
+    write_packed(tmp_path)
+    assert context.main(["--scale", "smoke", "--set", "dataset=cifar10", "--device", "cpu", *folders]) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1 and "'cifar10' of side 32" in error and "patch=6 would fit" in error
 
 
 # Short training
