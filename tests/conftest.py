@@ -14,6 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 
+def pytest_collection_modifyitems(items):
+    """TESTS_PART=1/4: the second quarter of the tests, for processes that share them."""
+    part, count = map(int, os.environ.get("TESTS_PART", "0/1").split("/"))
+    items[:] = items[part::count]
+
+
 def write_folder(root, classes=("cat", "dog"), counts=(6, 4), size=(40, 36), parts=("train", "test"), suffix="png", level=0):
     """Noise, brighter from class to class, as image files (width, height) in root/<part>/<class>/; returns root."""
     random = np.random.default_rng(1)
