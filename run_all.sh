@@ -46,6 +46,7 @@ find_python() {
 case "${1:-}" in -h|--help|help) echo "$usage"; exit 0 ;; esac
 find_python
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}  # threads that spin while they wait are many times slower on a busy machine
 
 case "${1:-}" in
     tables) shift; exec "$python" -m replicate.report "$@" ;;

@@ -100,7 +100,8 @@ def check_settings(config, *, positive=(), shares=(), **choices):
         require(getattr(config, name) <= 1, f"{name} is a share, at most 1, not {getattr(config, name)}")
     for name, known in {"precision": ("bfloat16", "float32"), **choices}.items():
         require(getattr(config, name) in known, f"{name} must be one of {', '.join(known)}, not '{getattr(config, name)}'")
-    require(config.momentum < 1, f"momentum must be below 1, not {config.momentum}")
+    momentum = getattr(config, "momentum", 0.0)
+    require(momentum < 1, f"momentum must be below 1, not {momentum}")
 
 
 def resolve_config(Config, settings, scale, seed=0, overrides=()):
@@ -153,7 +154,7 @@ class Run:
         self.folder = Path(runs) / self.paper / self.hash
         self.provenance = provenance or read_provenance(self.script)
         self.code = dict(self.provenance["code"])
-        self.sha256, self.asked, self.plan_phases, self.history = {}, [], {}, {}
+        self.sha256, self.asked, self.failed, self.plan_phases, self.history = {}, [], set(), {}, {}
         self.started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.stop = False
         self.fitting = False
@@ -233,6 +234,7 @@ class Run:
     def wanted(self, *rows):
         """Those of the rows that this scale has, that --rows asks for and that no record holds yet."""
         self.asked = [row for row in rows if self.has(row) and any(fnmatch.fnmatch(row, g) for g in self.row_globs)
+                      and row not in self.failed
                       and (self.force or self.plan or not report.find_done(self.records, row, self.seed, self.hash))]
         return self.asked
 
@@ -277,6 +279,12 @@ class Run:
                              "folder with --results DIR") from None
         if status == "ok":
             self.say(f"seed {self.seed}  {row:<44} {value:7.2f} {'%' if metric == 'accuracy' else metric}")
+
+    def give_up(self, reason):
+        """Record the rows asked for last as failed; they are not wanted any more."""
+        for row in self.asked:
+            self.failed.add(row)
+            self.record(row, None, steps=0, seconds=0, status="failed", error=reason)
 
     def measure(self, function, *splits):
         """(function(*splits), seconds).  While planning: on 2000 images each, the time scaled up to all of them."""
@@ -589,12 +597,12 @@ def pick_device(name):
 
 def launch(script, Config, rows, reproduce, arguments=None):
     """A paper script's main.  Calls reproduce(run) for every seed and returns the exit status: 0 done, 2 wrong input,
-    3 training failed, 130 interrupted.
+    3 training failed, 130 interrupted.  Where the training of a row fails, reproduce is called again without it.
 
     script: the paper's file; the YAML of the same name lies beside it.
     rows: every row the script knows, in the table's order; or a function that names them for a config.
     """
-    run = None
+    run, status = None, 0
 
     def on_signal(number, frame):
         if run is not None and run.fitting and not run.stop:
@@ -606,13 +614,22 @@ def launch(script, Config, rows, reproduce, arguments=None):
     try:
         options = _parse(Path(script).stem, arguments)
         for run in _runs(Path(script), Config, rows, options):
-            reproduce(run)
+            while True:
+                try:
+                    reproduce(run)
+                    break
+                except TrainingFailed as error:
+                    if run.plan or run.ranks > 1 or not run.asked:  # other ranks may be waiting for this one
+                        raise
+                    status = 3
+                    tell(f"error: {error}")
+                    run.give_up(str(error))
             if run.plan:
                 total = sum(run.plan_phases.values())
                 run.say(f"plan: {total / 60:.0f} minutes a seed, peak memory so far {peak_memory(run.device):.0f} MB")
             elif run.rank == 0:
                 render_tables(run)
-        return 0
+        return status
     except InputError as error:
         tell(f"error: {error}")
         return 2
@@ -623,8 +640,8 @@ def launch(script, Config, rows, reproduce, arguments=None):
         line = f"out of memory on {run.device}: lower batch_size or width with --set" if memory else str(error)
         tell(f"error: {line}")
         try:
-            for row in run.asked if not run.plan else ():
-                run.record(row, None, steps=0, seconds=0, status="failed", error=line)
+            if not run.plan:
+                run.give_up(line)
         except InputError as unwritten:
             tell(f"error: {unwritten}")
         return 3

@@ -294,6 +294,25 @@ def test_target_labels_only_count_hits_in_subspace_alignment(tmp_path, monkeypat
     assert len(fitted) == 1 and fitted[0] is domains.source.train.labels
 
 
+def test_mmd_does_not_tear_apart_features_that_are_all_but_equal():
+    features = 1e-4 * torch.randn(32, 10, generator=torch.Generator().manual_seed(0))
+    features.requires_grad_()
+    dann.maximum_mean_discrepancy(*features.split(16)).backward()
+    assert features.grad.isfinite().all() and float(features.grad.norm()) < 1e-2
+
+
+def test_a_row_whose_training_fails_does_not_stop_the_others(tmp_path, folders, capsys, monkeypatch):
+    monkeypatch.setattr(dann, "maximum_mean_discrepancy", lambda source, target: source.sum() * math.nan)
+    rows = f"{PAIR}/source-only,{PAIR}/mmd,{PAIR}/coral,moons/dann"
+    assert dann.main(["--scale", "smoke", "--rows", rows, "--set", "steps=3", "--set", "moons_epochs=1", *folders]) == 3
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: {PAIR}/mmd: the loss is not finite") and len(error.splitlines()) == 1
+    (path,) = (tmp_path / "results").rglob("dann.jsonl")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    status = {record["row"]: record["status"] for record in records}
+    assert len(records) == 4 and status == {f"{PAIR}/source-only": "ok", f"{PAIR}/mmd": "failed", f"{PAIR}/coral": "ok", "moons/dann": "ok"}
+
+
 def test_discrepancies_are_computed_in_full_precision(tmp_path):
     """Under autocast, as in training, MMD and CORAL are what they are without it."""
     config = some_run(tmp_path).config
