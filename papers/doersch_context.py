@@ -19,8 +19,8 @@ Deviations
  4. SGD with Nesterov momentum 0.9, warm-up and cosine on the mean loss; the paper's plain solver took four weeks.
  5. Colour dropping as the paper says (noise of a hundredth of the kept channel's deviation), the channel drawn for each patch,
     as in the released code.
- 6. Evaluation: the paper fine-tunes for detection on VOC.  Ours: plain probes on the feature maps of whole images,
-    few labels, fine-tuning, and the paper's retrieval of patches.
+ 6. Evaluation: the paper fine-tunes for detection on VOC.  Ours: plain probes on the feature maps of whole images (at most
+    4 x 4, scale paper 2 x 2), few labels, fine-tuning, and the paper's retrieval of patches.
  7. Convolutions and matrix products run in bfloat16 (--set precision=float32 for the original's); all else in float32.
  8. Left out: VOC detection, surface normals (NYUv2), visual data mining.
  9. Scale small: less training and a narrower network (see the YAML); values are not comparable, claims are.

@@ -21,7 +21,8 @@ Deviations
  6. SGD with Nesterov momentum, warm-up and cosine at scales small and full; at scale paper the paper's solver.  Biases have
     twice the rate and no weight decay, as in the released code.
  7. Evaluation: the paper fine-tunes for PASCAL VOC and on ImageNet with layers locked.  Ours: plain probes on the feature maps
-    of whole images (conv1 of AlexNet back at stride 4, as in the paper's transfer), few labels and fine-tuning.
+    (at most 4 x 4, scale paper 2 x 2) of whole images (conv1 of AlexNet back at stride 4, as in the paper's transfer), few labels
+    and fine-tuning.
  8. Convolutions and matrix products run in bfloat16 (--set precision=float32 for the original's); all else in float32.
  9. Left out: PASCAL VOC (Table 1, transfer in Tables 4, 5), locked layers (Table 2), transfer to the puzzles (Table 3).
 10. Scale small: less training and a narrower network (see the YAML); values are not comparable, claims are.

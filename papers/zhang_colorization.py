@@ -11,18 +11,20 @@ rebalancing ("class"), and regression of (a, b) under squared error ("l2"), whic
 Deviations
  1. Images of 96 or 128 pixels and a network of the paper's plan with a width setting at scales small and full; at scale small
     with one convolution for each of its blocks.  Scale paper: the paper's network and ImageNet, decoded to 256 pixels.
- 2. He initialisation, zeros in the last layer, and a rate that suits it; the authors start from a data-dependent k-means
-    initialisation.  --set rescaled=true scales every convolution by the data, without the k-means.
+ 2. The authors start from a data-dependent k-means initialisation.  Ours: He initialisation and a rate that suits it; scale
+    paper scales every convolution by the data (--set rescaled=true), without the k-means.  Zeros in the last layer.
  3. Adam with warm-up and cosine at scales small and full.
  4. Each true colour is spread over 5 neighbours (paper); the released code takes 10.
  5. The frequency of colours is counted in at most 10,000 training images, by nearest of the 313, once more for each, then
     smoothed.
  6. Predictions are enlarged so that each lies on the pixel whose colour it was trained to tell (every fourth, from the first).
- 7. Semantic test: our own network, trained on this data set's colour images, in place of VGG-16.
+ 7. Semantic test: our own network, trained on this data set's colour images (as L, a, b), in place of VGG-16.
  8. AlexNet (scale paper): same crops, batch and schedule as the main network, targets at every fourth pixel, no k-means.
- 9. Convolutions run in bfloat16 (--set precision=float32 for the original's); all else in float32.
-10. Left out: human judges (AMT), "L2, fine-tuned", PASCAL VOC, Places.
-11. Scale small: less training and a narrower network (see the YAML); values are not comparable, claims are.
+ 9. Linear probes: logistic regression on maps of at most 4 x 4 (scale paper 2 x 2), of whole images, after pooling; the paper has
+    about 9,000 features a layer, random crops and SGD.  The claims' block 4 was chosen beforehand, after the survey's best layer.
+10. Convolutions run in bfloat16 (--set precision=float32 for the original's); all else in float32.
+11. Left out: human judges (AMT), "L2, fine-tuned", PASCAL VOC, Places.
+12. Scale small: less training and a narrower network (see the YAML); values are not comparable, claims are.
 
     python -m papers.zhang_colorization --scale small        # Imagenette, about 20 minutes a seed on two CPU cores
     python -m papers.zhang_colorization --scale full         # Imagenette, one data-centre GPU
@@ -31,6 +33,8 @@ Deviations
 """
 import copy
 import dataclasses
+import functools
+import itertools
 import math
 import sys
 import time
@@ -186,7 +190,7 @@ class Config:
     seed: int
     dataset: str = "imagenette"
     image_size: int = 128               # ours: paper 256
-    crop_size: int = 96                 # ours: paper 176
+    crop_size: int = 96                 # ours: official code 176
     streamed: bool = False              # decode files on the fly rather than keep them on the device
     network: str = "paper"              # "paper", "small" (ours) or "alexnet" (paper)
     width: float = 1.0                  # channels, as a fraction of the network's
@@ -197,7 +201,7 @@ class Config:
     mix: float = 0.5                    # paper: lambda, the share of equal frequencies; 1: no rebalancing
     loss: str = "classification"        # or "l2"
     temperature: float = 0.38           # paper
-    batch_size: int = 64                # ours: paper 40
+    batch_size: int = 64                # ours: official code 40
     pretext_epochs: float = 100.0       # ours
     pretext_rate: float = 0.001         # ours: paper 3.16e-5
     pretext_drops: tuple[float, ...] = ()   # paper: fractions of the run at which the rate falls by sqrt(10); none: cosine
@@ -206,9 +210,9 @@ class Config:
     supervised_rate: float = 0.002      # ours
     finetune_rate: float = 0.001        # ours
     warmup: float = 0.05                # ours: share of the steps
-    momentum: float = 0.9               # paper: Adam's first beta
-    second_momentum: float = 0.99       # paper: Adam's second beta
-    weight_decay: float = 1e-4          # ours: paper 1e-3
+    momentum: float = 0.9               # official code: Adam's first beta
+    second_momentum: float = 0.99       # official code: Adam's second beta
+    weight_decay: float = 1e-4          # ours: official code 1e-3
     probe_cells: int = 4                # ours: linear probes see maps of at most 4 x 4
     precision: str = "bfloat16"         # ours: multiplications only; parameters and losses stay float32
     deterministic: bool = True          # ours
@@ -223,7 +227,9 @@ class Config:
             trainer.require(getattr(self, name) % 16 == 0, f"{name} must be a multiple of 16, not {getattr(self, name)}")
         trainer.require(self.image_size >= self.crop_size,
                         f"image_size {self.image_size}: crops of {self.crop_size} pixels do not fit")
-        trainer.require(self.step <= 40, f"step {self.step}: cells of more than 40 leave too few colours")
+        trainer.require(4 <= self.step <= 40, f"step must be 4 to 40, not {self.step}: finer cells give thousands of colours, "
+                        "coarser ones too few")
+        trainer.require(self.neighbors <= 20, f"neighbors {self.neighbors}: at most 20 of the colours")
 
 
 # Data: the test split is only ever counted on
@@ -232,8 +238,8 @@ def load_data(run):
     config = run.config
     data = run.load(config.dataset, config.image_size, config.streamed or None)
     side = data.train.images.shape[-1] if hasattr(data.train, "images") else config.image_size
-    trainer.require(side >= config.crop_size and side % 16 == 0, f"images of '{config.dataset}' have {side} pixels: a multiple of "
-                    f"16 is needed, and crop_size={config.crop_size} must fit")
+    trainer.require(side == config.image_size, f"images of '{config.dataset}' have {side} pixels: --set image_size={side}, and a "
+                    "crop_size that fits")
     return data
 
 
@@ -254,12 +260,18 @@ TO_XYZ = torch.tensor([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.07
                       dtype=torch.float64) / torch.tensor([[0.95047], [1.0], [1.08883]], dtype=torch.float64)  # white: 1, 1, 1
 
 
+@functools.lru_cache(maxsize=None)
+def to_xyz(device):
+    """The matrix and its inverse on a device."""
+    return TO_XYZ.to(device), TO_XYZ.inverse().to(device)
+
+
 def rgb_to_lab(rgb):
     """(N,3,H,W) sRGB in 0..1 -> CIE Lab under D65: L in 0..100, a and b in about -108..98.  In float64 inside: the way back
     multiplies errors."""
     values = rgb.double()
     linear = torch.where(values > 0.04045, ((values + 0.055) / 1.055) ** 2.4, values / 12.92)
-    xyz = torch.einsum("ij,njhw->nihw", TO_XYZ.to(rgb.device), linear)
+    xyz = torch.einsum("ij,njhw->nihw", to_xyz(rgb.device)[0], linear)
     x, y, z = torch.where(xyz > 0.008856, xyz ** (1 / 3), 7.787 * xyz + 16 / 116).unbind(1)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1).to(rgb.dtype)
 
@@ -270,7 +282,7 @@ def lab_to_rgb(lab):
     y = (lightness + 16) / 116
     roots = torch.stack([y + a / 500, y, y - b / 200], 1)
     xyz = torch.where(roots > 0.2068966, roots ** 3, (roots - 16 / 116) / 7.787)
-    linear = torch.einsum("ij,njhw->nihw", TO_XYZ.inverse().to(lab.device), xyz).clamp(0, 1)
+    linear = torch.einsum("ij,njhw->nihw", to_xyz(lab.device)[1], xyz).clamp(0, 1)
     return torch.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear).to(lab.dtype)
 
 
@@ -297,10 +309,10 @@ def gamut_bins(step=10):
     return corners[inside].flatten(0, 1).unique(dim=0).float()
 
 
-def candidate_colors(bins, neighbors, cell=2.0, reach=128):
-    """(S,S,C) int64: for every cell x cell square of the ab plane, from -reach to reach, colours among which the nearest
-    `neighbors` of any point of the square are."""
-    ticks = torch.arange(-reach + cell / 2, reach, cell)
+def candidate_colors(bins, neighbors, cell=2.0):
+    """(S,S,C) int64: for every cell x cell square of the ab plane, from -128 to 128, colours among which the nearest `neighbors`
+    of any point of the square are."""
+    ticks = torch.arange(-128 + cell / 2, 128, cell)
     distances, order = torch.cdist(torch.cartesian_prod(ticks, ticks), bins.cpu()).sort(1)
     count = int((distances <= distances[:, neighbors - 1:neighbors] + cell * 2 ** 0.5 + 1e-3).sum(1).max())
     return order[:, :count].reshape(len(ticks), len(ticks), count).to(bins.device)
@@ -309,7 +321,7 @@ def candidate_colors(bins, neighbors, cell=2.0, reach=128):
 def nearest_colors(ab, bins, neighbors, candidates=None):
     """(M,2) -> (squared distances (M,k), rising, and indices (M,k)) of the k nearest of bins (Q,2).
 
-    candidates: candidate_colors(bins, neighbors) saves nearly all of the work; points must then lie within its reach.
+    candidates: candidate_colors(bins, k or more) saves nearly all of the work; points must then lie within -128..128.
     """
     if candidates is None:
         near = torch.arange(len(bins), device=ab.device).expand(len(ab), -1)
@@ -359,26 +371,26 @@ def is_colored(ab):
 
 @dataclass
 class Palette:
-    """bins (Q,2), their candidate tables for training and for one neighbour, prior (Q,): frequencies in train images."""
+    """bins (Q,2), their table of candidates, prior (Q,): frequencies in train images."""
     bins: torch.Tensor
     candidates: torch.Tensor
-    nearest: torch.Tensor
     prior: torch.Tensor
 
 
 def make_palette(run, split):
     """The Palette of a run: colours counted at every fourth pixel of train images, then smoothed by a Gaussian of sigma."""
     bins = gamut_bins(run.config.step).to(run.device)
-    nearest, counts = candidate_colors(bins, 1), torch.ones(len(bins), dtype=torch.int64, device=run.device)  # none at 0
+    candidates = candidate_colors(bins, run.config.neighbors)
+    counts = torch.ones(len(bins), dtype=torch.int64, device=run.device)  # none at 0
     spread = torch.linspace(0, len(split) - 1, min(len(split), 10000)).long()
     for images, _ in split.batches(spread.split(250)):
         ab = lab_of(images[..., ::STRIDE, ::STRIDE])[:, 1:]
         ab = ab[is_colored(ab)].permute(0, 2, 3, 1).flatten(0, 2)
-        counts += nearest_colors(ab, bins, 1, nearest)[1].flatten().bincount(minlength=len(bins))
+        counts += nearest_colors(ab, bins, 1, candidates)[1].flatten().bincount(minlength=len(bins))
     trainer.require(int(counts.sum()) > len(bins), f"all images of '{run.config.dataset}' are grey: there are no colours to learn")
     kernel = torch.exp(-torch.cdist(bins, bins).square() / (2 * run.config.sigma ** 2))
     prior = (kernel / kernel.sum(0)) @ (counts / counts.sum())
-    return Palette(bins, candidate_colors(bins, run.config.neighbors), nearest, prior / prior.sum())
+    return Palette(bins, candidates, prior / prior.sum())
 
 
 def examples(images, config, palette, weights, generator):
@@ -390,7 +402,6 @@ def examples(images, config, palette, weights, generator):
 
 
 # Network
-KINDS = ("paper", "small", "alexnet")
 NETWORKS = {  # (channels, convolutions, stride of the last, dilation) of blocks 1 to 7; channels and convolutions of block 8
     "paper": (((64, 2, 2, 1), (128, 2, 2, 1), (256, 3, 2, 1), (512, 3, 1, 1), (512, 3, 1, 2), (512, 3, 1, 2), (512, 3, 1, 1)),
               256, 2),
@@ -400,7 +411,7 @@ NETWORKS = {  # (channels, convolutions, stride of the last, dilation) of blocks
 
 
 class ColorizationNetwork(nn.Module):
-    """Lightness less 50 (N,1,H,W) -> scores (N,Q,H/4,W/4) of the colours `bins` (Q,2), or colours (N,2,H/4,W/4) in hundreds.
+    """Lightness less 50 (N,1,H,W) -> scores (N,Q,H/4,W/4) of the colours `bins` (Q,2), or colours (N,2,H/4,W/4) in tens.
 
     `maps` gives what blocks 1 to 7 (conv1 to conv5 of AlexNet) put out.  inputs: 3 for the control that sees colours.
     """
@@ -409,14 +420,14 @@ class ColorizationNetwork(nn.Module):
         super().__init__()
         self.register_buffer("bins", gamut_bins() if bins is None else bins.clone())
         # what it takes to build the network again from a checkpoint
-        self.register_buffer("design", torch.tensor([KINDS.index(network), width, loss == "l2", image_size]))
+        self.register_buffer("architecture", torch.tensor([KINDS.index(network), width, loss == "l2", image_size]))
         outputs = 2 if loss == "l2" else len(self.bins)
         if network == "alexnet":
             blocks, channels = alexnet_blocks(inputs, width)
             units = scaled(4096, width)
             self.head = nn.Sequential(  # fc6 to fc8 as convolutions, then from a sixteenth to a quarter of the side
                 nn.MaxPool2d(3, 1, 1), *normed(nn.Conv2d(channels, units, 6, padding=5, dilation=2)),
-                *normed(nn.Conv2d(units, units, 1)), nn.Conv2d(units, outputs, 1), Enlarge(4))
+                *normed(nn.Conv2d(units, units, 1)), nn.Conv2d(units, outputs, 1), Enlarge())
         else:
             specifications, units, convolutions = NETWORKS[network]
             blocks, channels = main_blocks(specifications, inputs, width)
@@ -439,6 +450,9 @@ class ColorizationNetwork(nn.Module):
 
     def forward(self, lightness):
         return self.head(self.maps(lightness)[-1])
+
+
+KINDS = (*NETWORKS, "alexnet")
 
 
 def scaled(channels, width):
@@ -477,21 +491,24 @@ def normed(convolution):
 
 
 class Enlarge(nn.Module):
-    """(N,C,h,w) -> (N,C,factor h,factor w), linear between values that stay on every factor-th place; as matrix products, whose
-    backward is deterministic on a GPU."""
-
-    def __init__(self, factor):
-        super().__init__()
-        self.factor = factor
+    """(N,C,h,w) -> (N,C,4h,4w), by `enlarge`."""
 
     def forward(self, maps):
-        rows, columns = (interpolation(torch.arange(side * self.factor) / self.factor, side).to(maps) for side in maps.shape[-2:])
-        return rows @ maps @ columns.T
+        size = [STRIDE * side for side in maps.shape[-2:]]
+        with torch.autocast(maps.device.type, enabled=False):
+            return enlarge(maps.float(), size, size)
 
 
-def interpolation(positions, size):
-    """(P,) positions between 0 and size - 1 -> (P,size): linear interpolation of `size` values, held at the borders."""
-    return (1 - (positions.clamp(0, size - 1)[:, None] - torch.arange(size)).abs()).clamp_min(0)
+def enlarge(maps, seen, size, rows=slice(None)):
+    """(N,C,h,w), a value for every fourth pixel, from the first, of a picture of `seen` = (rows, columns) pixels -> (N,C,rows,
+    columns), a value for every pixel of some or all rows of the same picture at another size.
+
+    Linear interpolation, held at the borders, as matrix products, whose backward is deterministic on a GPU.
+    """
+    places = [((torch.arange(side, device=maps.device) + 0.5) * own / side - 0.5) / STRIDE for side, own in zip(size, seen)]
+    down, across = ((1 - (each.clamp(0, count - 1)[:, None] - torch.arange(count, device=maps.device)).abs()).clamp_min(0)
+                    for each, count in zip((places[0][rows], places[1]), maps.shape[-2:]))
+    return down @ maps @ across.T
 
 
 def initialize(layer):
@@ -522,18 +539,20 @@ def rescale(model, lightness):
 
 # Objective
 def color_loss(scores, encoded, weights):
-    """Cross-entropy of soft targets, each pixel multiplied by the weight of its colour (Eq. 2), and without weights.
+    """Cross-entropy of soft targets, each pixel multiplied by the weight of its colour (Eq. 2), and without weights, of the pixels
+    that have one.
 
     scores, encoded (N,Q,h,w), weights (N,h,w).  (The official code weights the gradient alone and prints the unweighted loss.)
     """
-    rows = [tensor.permute(0, 2, 3, 1).flatten(0, 2) for tensor in (scores.float(), encoded)]
-    entropies = -(F.log_softmax(rows[0], 1) * rows[1]).sum(1).view(weights.shape)
-    return {"loss": (weights * entropies).mean(), "cross_entropy": entropies.mean()}
+    scores, targets = (tensor.permute(0, 2, 3, 1).flatten(0, 2) for tensor in (scores.float(), encoded))
+    entropies = -(scores.log_softmax(1) * targets).sum(1).view(weights.shape)
+    taught = (weights > 0).float()
+    return {"loss": (weights * entropies).mean(), "cross_entropy": (taught * entropies).sum() / taught.sum().clamp_min(1)}
 
 
 def regression_loss(predicted, ab, weights):
-    """Half the mean squared error of colours in hundreds; weights (N,h,w)."""
-    return {"loss": 0.5 * (weights * (predicted.float() - ab / 100).square().sum(1)).mean()}
+    """Half the mean squared error of colours in tens; weights (N,h,w)."""
+    return {"loss": 0.5 * (weights * (predicted.float() - ab / 10).square().sum(1)).mean()}
 
 
 def optimizer_of(config, parameters, rate):
@@ -560,16 +579,16 @@ def pretrain(run, data, config, palette, purpose):
     model = build(run, config, palette.bins)
     weights = rebalancing_weights(palette.prior, config.mix)
 
-    def draw(images, purpose, step):
-        return run.augment(lambda part, generator: examples(part, config, palette, weights, generator), images, purpose, step)
+    def draw(images, generator):
+        return examples(images, config, palette, weights, generator)
 
-    if config.rescaled:
-        count = min(config.batch_size, len(data.unlabeled))
-        rescale(model, draw(next(data.unlabeled.batches([torch.arange(count)]))[0], "rescale", 0)[0])
+    if config.rescaled:  # the same on every rank
+        images, _ = next(data.unlabeled.batches([torch.arange(min(config.batch_size, len(data.unlabeled)))]))
+        rescale(model, draw(images, run.stream("rescale", 0, run.device))[0])
 
     def objective(batch, step):
         images, _ = batch  # the class labels stay unused
-        lightness, ab, encoded, pixels = draw(images, "augment", step)
+        lightness, ab, encoded, pixels = run.augment(draw, images, "augment", step)
         scores = model(lightness.contiguous(memory_format=torch.channels_last))
         return regression_loss(scores, ab, (pixels > 0).float()) if config.loss == "l2" else color_loss(scores, encoded, pixels)
 
@@ -585,14 +604,6 @@ def pretrain(run, data, config, palette, purpose):
 
 
 # Evaluation
-def enlarge(ab, seen, size, rows=slice(None)):
-    """Colours (N,2,h,w), told for every fourth pixel of a picture of `seen` = (rows, columns) pixels -> colours of some or all rows
-    of the same picture at another size, (N,2,rows,columns)."""
-    places = [((torch.arange(side) + 0.5) * own / side - 0.5) / STRIDE for side, own in zip(size, seen)]
-    down, across = (interpolation(each, count).to(ab) for each, count in zip((places[0][rows], places[1]), ab.shape[-2:]))
-    return down @ ab @ across.T
-
-
 @torch.no_grad()
 def scores_of(run, model, lab):
     """What a network says of pictures (N,3,H,W) in Lab, of which it sees L: float32."""
@@ -602,12 +613,12 @@ def scores_of(run, model, lab):
 
 
 def colors_of(model, scores, temperature):
-    """Scores (N,Q,h,w), or colours in hundreds (N,2,h,w) of a network with l2 loss -> colours (N,2,h,w)."""
-    return 100 * scores if scores.shape[1] == 2 else annealed_mean(scores, model.bins, temperature)
+    """Scores (N,Q,h,w), or colours in tens (N,2,h,w) of a network with l2 loss -> colours (N,2,h,w)."""
+    return 10 * scores if scores.shape[1] == 2 else annealed_mean(scores, model.bins, temperature)
 
 
-def by_network(run, model, temperature):
-    """A way to colour: pictures (N,3,H,W) in Lab -> colours (N,2,H,W)."""
+def network_colorizer(run, model, temperature):
+    """Pictures (N,3,H,W) in Lab -> colours (N,2,H,W)."""
     def color(lab):
         scores = scores_of(run, model, lab)
         with torch.autocast(lab.device.type, enabled=False):  # bfloat16 would be a level off
@@ -615,25 +626,26 @@ def by_network(run, model, temperature):
     return color
 
 
-def by_nobody(run, name, palette, train):
+def baseline_colorizer(run, name, palette, train):
     """The controls: "truth", "grey", "prior-mode" (the most frequent colour), "random-colors" (a random training image's)."""
-    def random_colors(lab):
-        chosen = torch.randint(len(train), (len(lab),), generator=generator)
-        return lab_of(next(train.batches([chosen]))[0])[:, 1:]
-
     generator = run.stream("random colors")
+    others = train.batches(torch.randint(len(train), (100,), generator=generator) for _ in itertools.count())
     mode = palette.bins[palette.prior.argmax()].view(1, 2, 1, 1)
     return {"truth": lambda lab: lab[:, 1:], "grey": lambda lab: torch.zeros_like(lab[:, 1:]),
-            "prior-mode": lambda lab: mode.expand_as(lab[:, 1:]), "random-colors": random_colors}[name]
+            "prior-mode": lambda lab: mode.expand_as(lab[:, 1:]),
+            "random-colors": lambda lab: lab_of(next(others)[0][:len(lab)])[:, 1:]}[name]
 
 
 def colored_pictures(test):
     """The test images that have colours, in Lab (N,3,H,W), batch by batch."""
+    found = False
     for images, _ in test.batches(torch.arange(len(test)).split(100)):
         lab = lab_of(images)
         kept = is_colored(lab[:, 1:])
         if kept.any():
+            found = True
             yield lab[kept]
+    trainer.require(found, "all test images are grey: there are no colours to compare with")
 
 
 def color_measures(color, palette, test):
@@ -642,7 +654,7 @@ def color_measures(color, palette, test):
     rare, sums = rebalancing_weights(palette.prior, mix=0.0), torch.zeros(6, dtype=torch.float64)
     for lab in colored_pictures(test):
         true, ab = lab[:, 1:], color(lab)
-        nearest = nearest_colors(true.permute(0, 2, 3, 1).flatten(0, 2), palette.bins, 1, palette.nearest)[1]
+        nearest = nearest_colors(true.permute(0, 2, 3, 1).flatten(0, 2), palette.bins, 1, palette.candidates)[1]
         weights = rare[nearest].view(true[:, 0].shape)
         count, heavy = weights.numel(), float(weights.double().sum())
         chroma, true_chroma = (float(each.square().sum(1).sqrt().double().sum()) for each in (ab, true))
@@ -679,7 +691,9 @@ def recolored(images, color):
 def semantic_accuracy(run, classifier, color, test):
     """Percent of recoloured test images whose class a classifier trained on colour images tells right."""
     see = seen_by(True)
-    return frozen.class_accuracy(run, classifier, lambda images: see(recolored(images, color)), test)
+    classifier.eval()
+    with run.autocast():
+        return frozen.accuracies(lambda images: {"class": classifier(see(recolored(images, color)))}, test, 100)["class"]
 
 
 def seen_by(color):
@@ -717,7 +731,7 @@ def evaluate(run, data):
     palette = make_palette(run, data.unlabeled)
 
     def network(name):
-        """(module, seconds): a variant, "random", "alexnet-random", or the encoder of "supervised-l", "supervised-color"."""
+        """(module, seconds): a variant, "random", "alexnet-random", or the classifier "supervised-l", "supervised-color"."""
         if name not in networks:
             if name in VARIANTS:
                 networks[name] = pretrain(run, data, settings_of(config, name), palette, name)
@@ -737,24 +751,28 @@ def evaluate(run, data):
         classifier, steps, seconds = classify(run, row, model, data, config.finetune_rate, epochs)
         return classifier, steps, before + seconds
 
-    def way(name):
-        """(a way to colour, seconds that it cost)."""
+    def colorizer(name):
+        """(function of pictures in Lab, seconds that it cost)."""
         if name not in VARIANTS:
-            return by_nobody(run, name, palette, data.train), 0.0
+            return baseline_colorizer(run, name, palette, data.train), 0.0
         model, seconds = network(name)
-        return by_network(run, model, config.temperature), seconds
+        return network_colorizer(run, model, config.temperature), seconds
 
     steps = trainer.updates(config.pretext_epochs, data.unlabeled, config.batch_size)
     for name in ("grey", "random-colors", "prior-mode", "l2", "class", "full"):
         wanted = run.wanted(*(f"{name}/{measure}" for measure in ("auc-raw", "auc-rebalanced", "chroma-ratio")
                               if f"{name}/{measure}" in PAPER))
         if wanted:
-            color, seconds = way(name)
+            color, seconds = colorizer(name)
             values, own = run.measure(lambda test: color_measures(color, palette, test), data.test)
             for row in wanted:
                 measure = row.split("/")[1]
                 run.record(row, values[measure], steps=steps * (name in VARIANTS), seconds=seconds + own,
                            metric="ratio" if measure == "chroma-ratio" else "AuC, %")
+    if {"l2", "class", "full"} & networks.keys() and run.seed == 0 and not run.plan:
+        models = {name: network(name)[0] for name in ("l2", "class", "full") if run.value(f"{name}/auc-raw") is not None}
+        if run.rank == 0:
+            figures(run, models, palette, data)
     for name in ("prior", "class", "full"):
         if run.wanted(f"{name}/cross-entropy"):
             model, seconds = network(name) if name != "prior" else (None, 0.0)
@@ -764,7 +782,7 @@ def evaluate(run, data):
                        history=run.history.get(name))
     for name in ("truth", "grey", "random-colors", "l2", "class", "full"):
         if run.wanted(f"{name}/semantic"):
-            (color, seconds), (classifier, before) = way(name), network("supervised-color")
+            (color, seconds), (classifier, before) = colorizer(name), network("supervised-color")
             value, own = run.measure(lambda test: semantic_accuracy(run, classifier, color, test), data.test)
             run.record(f"{name}/semantic", value, steps=0, seconds=seconds + before + own)
     for name in ("full", "random", "supervised-l", "supervised-color", "alexnet", "alexnet-random"):
@@ -779,19 +797,17 @@ def evaluate(run, data):
             if row in PAPER:
                 epochs = config.supervised_epochs if row == name else config.label_epochs
                 frozen.record_accuracy(run, row, lambda: train(row, epochs), seen_by(name == "supervised-color"), data)
-    if run.seed == 0 and run.rank == 0 and not run.plan and {"l2", "class", "full"} <= networks.keys():
-        figures(run, {name: networks[name][0] for name in ("l2", "class", "full")}, palette, data)
 
 
 def figures(run, models, palette, data):
     """Test images in grey, by each method, and as they are: twelve fixed ones, and six that the full method gets best and worst;
     six at falling temperatures; the colours in the ab plane and how frequent they are."""
-    ways = {"grey": by_nobody(run, "grey", palette, data.train),
-            **{name: by_network(run, model, run.config.temperature) for name, model in models.items()},
-            "truth": by_nobody(run, "truth", palette, data.train)}
+    colorizers = {"grey": baseline_colorizer(run, "grey", palette, data.train),
+                  **{name: network_colorizer(run, model, run.config.temperature) for name, model in models.items()},
+                  "truth": baseline_colorizer(run, "truth", palette, data.train)}
 
-    def save(name, images, ways, columns):
-        pictures = torch.stack([recolored(images, way) for way in ways], 1).flatten(0, 1).float() / 255
+    def save(name, images, colorizers, columns):
+        pictures = torch.stack([recolored(images, color) for color in colorizers], 1).flatten(0, 1).float() / 255
         save_image(pictures, run.suite / f"{run.paper}_{name}.png", nrow=columns, padding=1)
 
     def spread(count, among):
@@ -799,13 +815,15 @@ def figures(run, models, palette, data):
 
     some = spread(1000, torch.arange(len(data.test)))
     fixed = next(data.test.batches([spread(12, some)]))[0]
-    save("pictures", fixed, ways.values(), 2 * len(ways))
-    save("temperature", fixed[:6], [by_network(run, models["full"], temperature)
-                                    for temperature in (1.0, 0.77, 0.58, 0.38, 0.29, 0.14, 0.01)], 7)
-    errors = torch.cat([(ways["full"](lab) - lab[:, 1:]).square().sum(1).sqrt().mean((1, 2))
-                        for lab in (lab_of(images) for images, _ in data.test.batches(some.split(100)))])
-    order = some[errors.cpu().argsort()]
-    save("best_and_worst", next(data.test.batches([torch.cat([order[:6], order[-6:]])]))[0], ways.values(), 2 * len(ways))
+    save("pictures", fixed, colorizers.values(), 2 * len(colorizers))
+    if "full" in models:
+        save("temperature", fixed[:6], [network_colorizer(run, models["full"], temperature)
+                                        for temperature in (1.0, 0.77, 0.58, 0.38, 0.29, 0.14, 0.01)], 7)
+        errors = torch.cat([(colorizers["full"](lab) - lab[:, 1:]).square().sum(1).sqrt().mean((1, 2))
+                            for lab in (lab_of(images) for images, _ in data.test.batches(some.split(100)))])
+        order = some[errors.cpu().argsort()]
+        extremes = next(data.test.batches([torch.cat([order[:6], order[-6:]])]))[0]
+        save("best_and_worst", extremes, colorizers.values(), 2 * len(colorizers))
 
     side = 240 // run.config.step + 1
     place, panels = ((palette.bins.cpu() + 120) / run.config.step).round().long(), torch.ones(2, 3, side, side)
@@ -826,7 +844,7 @@ def load_colorizer(path, device):
     """(network in eval mode, side in pixels that it was trained at) from a checkpoint of pretrain; InputError where it is none."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)["model"]
-        number, width, regression, side = state["design"].tolist()
+        number, width, regression, side = state["architecture"].tolist()
         model = ColorizationNetwork(KINDS[int(number)], width, state["bins"],
                                     "l2" if regression else "classification")
         model.load_state_dict(state)
@@ -840,12 +858,13 @@ def colorize(model, picture, side, temperature=0.38):
     """PIL picture -> the same in colour: the network sees it with its shorter side `side` pixels long, or shorter if it is; its
     colours are enlarged, the lightness stays as it was."""
     device = model.bins.device
-    scale = min(1, side / min(picture.size))
+    if picture.mode.startswith("I"):  # 16 bits
+        picture = picture.convert("I").point(lambda level: level / 256)
     picture = picture.convert("RGB")
+    scale = min(1, side / min(picture.size))
     small = picture.resize([max(16, round(length * scale / 16) * 16) for length in picture.size], Image.BILINEAR)
     lab, pixels = lab_of(pil_to_tensor(small)[None].to(device)), pil_to_tensor(picture)
-    scores = model((lab[:, :1] - 50).contiguous(memory_format=torch.channels_last))
-    ab = colors_of(model, scores, temperature)
+    ab = colors_of(model, model((lab[:, :1] - 50).contiguous(memory_format=torch.channels_last)), temperature)
     for top in range(0, pixels.shape[1], 256):  # strip by strip and in place, so that large pictures take little memory
         rows = slice(top, top + 256)
         lightness = lab_of(pixels[None, :, rows].to(device))[:, :1]
@@ -870,26 +889,31 @@ def colorize_files(arguments):
         trained = sorted((trainer.ROOT / "runs" / "zhang_colorization").glob("*/full.pt"), key=lambda path: path.stat().st_mtime)
         trainer.require(options.checkpoint or trained, "no trained network in runs/: give one with --checkpoint FILE, or train one "
                         "with --rows full/auc-raw")
-        model, side = load_colorizer(options.checkpoint or trained[-1], trainer.pick_device(options.device))
-        failed = 0
-        for number, path in enumerate(files, 1):
-            start = time.perf_counter()
-            suffix = path.suffix if path.suffix.lower() in (".jpg", ".jpeg", ".png") else ".png"
-            out = target / f"{path.stem}{suffix}" if source.is_dir() else target
-            try:
-                with Image.open(path) as picture:
-                    made = colorize(model, ImageOps.exif_transpose(picture), side)
-                out.parent.mkdir(parents=True, exist_ok=True)
-                made.save(out, **({} if suffix == ".png" else {"quality": 95}))
-                seconds = time.perf_counter() - start
-                print(f"{number}/{len(files)}  {out}  {made.width} x {made.height}  {seconds:.1f} s", flush=True)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                failed += 1
-                trainer.tell(f"error: {path} cannot be coloured ({str(error).splitlines()[0]})")
-        return 2 if failed else 0
+        checkpoint = options.checkpoint or trained[-1]
+        model, side = load_colorizer(checkpoint, trainer.pick_device(options.device))
+        print(f"network {checkpoint}", flush=True)
+        done = [save_colored(model, side, path, target, f"{number}/{len(files)}") for number, path in enumerate(files, 1)]
+        return 0 if all(done) else 2
     except trainer.InputError as error:
         trainer.tell(f"error: {error}")
         return 2
+
+
+def save_colored(model, side, path, target, progress):
+    """Colour one file into the folder `target`, or into the file of that name; say so, or why not; return whether it went well."""
+    kinds, start = (".jpg", ".jpeg", ".png"), time.perf_counter()
+    if target.suffix.lower() not in kinds or target.is_dir():
+        target = target / (path.name if path.suffix.lower() in kinds else f"{path.name}.png")
+    try:
+        with Image.open(path) as picture:
+            made = colorize(model, ImageOps.exif_transpose(picture), side)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        made.save(target, **({} if target.suffix.lower() == ".png" else {"quality": 95}))
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
+        trainer.tell(f"error: {path} cannot be coloured ({(str(error) or type(error).__name__).splitlines()[0]})")
+        return False
+    print(f"{progress}  {target}  {made.width} x {made.height}  {time.perf_counter() - start:.1f} s", flush=True)
+    return True
 
 
 def main(arguments=None):

@@ -160,7 +160,7 @@ def block_probes(maps, train, test, wanted, cells=4, seed=0):
 
 
 def record_probes(run, rows, network, data, cells=4):
-    """Record those of the rows that are wanted, on one network, its features computed once.
+    """Record those of the rows that are wanted, on one network, its features computed once, or row by row for streamed sets.
 
     rows: {row: (block, kind)} and cells as in block_probes; network() -> (maps, seconds it cost), called where it is needed.
     """
@@ -168,10 +168,14 @@ def record_probes(run, rows, network, data, cells=4):
     if not wanted:
         return
     maps, seconds = network()
-    timed = [pair for row, pair in wanted.items() if not run.plan or labels_of(row) is None]  # a plan's train part has few a class
-    values, own = run.measure(lambda train, test: block_probes(maps, train, test, timed, cells, run.seed), data.train, data.test)
-    for row, pair in wanted.items():
-        run.record(row, values.get(pair), steps=0, seconds=seconds + own)
+    together = hasattr(data.train, "images")  # the features of all blocks of a streamed set would not fit
+    for part in ([wanted] if together else [{row: pair} for row, pair in wanted.items()]):
+        # a plan's part of train has few images a class
+        timed = [pair for row, pair in part.items() if not run.plan or labels_of(row) is None]
+        values, own = run.measure(lambda train, test: block_probes(maps, train, test, timed, cells, run.seed),
+                                  data.train, data.test)
+        for row, pair in part.items():
+            run.record(row, values.get(pair), steps=0, seconds=seconds + own)
 
 
 def labels_of(row):
