@@ -560,13 +560,15 @@ def evaluate(run, data):
             epochs = config.supervised_epochs if row == name else config.label_epochs
             frozen.record_accuracy(run, row, lambda: classifier(row, start, rate, epochs),
                                    lambda images: whole(images, config), data)
+    shown = ("context", "random", "supervised")
+    if run.seed == 0 and not run.plan and networks and all(run.value(f"{name}/retrieval") is not None for name in shown):
+        encoders = {name: network(name)[0].encoder for name in shown}  # those that an earlier start has trained are read
+        if run.rank == 0:
+            figures(run, encoders, data)
     for variant in VARIANTS:
         settings = settings_of(config, variant)
         pretext(f"audit/{variant}/position-accuracy", variant, settings, config.audit_epochs, f"audit/{variant}")
         probes(f"audit/{variant}", variant, settings)
-    shown = ("context", "random", "supervised")
-    if run.seed == 0 and run.rank == 0 and not run.plan and set(shown) <= networks.keys():
-        figures(run, {name: networks[name][0].encoder for name in shown}, data)
 
 
 def figures(run, encoders, data):

@@ -769,9 +769,9 @@ def evaluate(run, data):
                 measure = row.split("/")[1]
                 run.record(row, values[measure], steps=steps * (name in VARIANTS), seconds=seconds + own,
                            metric="ratio" if measure == "chroma-ratio" else "AuC, %")
-    if {"l2", "class", "full"} & networks.keys() and run.seed == 0 and not run.plan:
+    if run.seed == 0 and not run.plan and networks:
         models = {name: network(name)[0] for name in ("l2", "class", "full") if run.value(f"{name}/auc-raw") is not None}
-        if run.rank == 0:
+        if run.rank == 0:  # those that an earlier start has trained are read
             figures(run, models, palette, data)
     for name in ("prior", "class", "full"):
         if run.wanted(f"{name}/cross-entropy"):
