@@ -16,16 +16,15 @@ Deviations
     strong, and nothing blurred, at scales small and full (small images).  Scale paper has the paper's strengths.
  3. The Sinkhorn algorithm runs on logarithms, the same numbers without overflow.
  4. Batch-norm, Sinkhorn and queue span all ranks; the official code synchronises batch-norm among 8 GPUs and keeps a queue on each.
- 5. SGD with cosine at scales small and full; LARS on all parameters, as in the official code, at scale paper.
- 6. DeepCluster-v2's memory starts from whole images, and an image's cluster is read off when the image is drawn.
- 7. SimCLR, a control: every crop is compared with the large crops; with two crops it is SimCLR's own loss.
- 8. Two crops are trained for more epochs, until they have seen as many pixels; the paper compares equal epochs.
- 9. Probes see whole images scaled to test_size (paper: the middle 224 of 256 pixels); the linear one is logistic regression without
+ 5. DeepCluster-v2's memory starts from whole images, and an image's cluster is read off when the image is drawn.
+ 6. SimCLR, a control: every crop is compared with the large crops; with two crops it is SimCLR's own loss.
+ 7. Two crops are trained for more epochs, until they have seen as many pixels; the paper compares equal epochs.
+ 8. Probes see whole images scaled to test_size (paper: the middle 224 of 256 pixels); the linear one is logistic regression without
     augmentation.  1 % and 10 % of the labels are drawn by the seed, class by class; the paper has fixed lists.  Always the last
     iterate: the official code reports the best epoch on the validation set.
-10. Convolutions and matrix products run in bfloat16 (--set precision=float32 for none); norms, scores, codes, losses in float32.
-11. Left out: transfer to Places205, iNaturalist, VOC and COCO, SeLa-v2, uncurated images.  Wider networks: --set width=2.
-12. Scale small: less training and a narrow network of ten layers (see the YAML); values are not comparable, claims are.
+ 9. Convolutions and matrix products run in bfloat16 (--set precision=float32 for none); norms, scores, codes, losses in float32.
+10. Left out: transfer to Places205, iNaturalist, VOC and COCO, SeLa-v2, uncurated images.  Wider networks: --set width=2.
+11. Scale small: less training and a narrow network of ten layers (see the YAML); values are not comparable, claims are.
 
     python -m papers.swav --scale small        # Imagenette, about 20 minutes a seed on two CPU cores
     python -m papers.swav --scale full         # Imagenette, one data-centre GPU
@@ -198,11 +197,11 @@ class Config:
     batch_size: int = 256               # ours: paper 4096
     pretext_epochs: float = 50.0        # ours: paper 800
     ablation_epochs: float = 15.0       # ours: paper 400
-    optimizer: str = "sgd"              # ours: paper "lars"
-    pretext_rate: float = 0.2           # ours: paper 4.8 with LARS
+    optimizer: str = "lars"             # official code; or "sgd"
+    pretext_rate: float = 0.6           # official code, batches of 256; paper 4.8
     warmup: float = 0.05                # ours: share of the steps; paper 10 of 800 epochs
     momentum: float = 0.9               # official code
-    weight_decay: float = 1e-4          # ours: paper 1e-6 with LARS
+    weight_decay: float = 1e-6          # official code
     patience: float = 2.0               # ours: epochs of collapse that end a run
     on_collapse: str = "stop"           # or "record": go on, the loss is the result
     supervised_epochs: float = 40.0     # ours: with all labels, from scratch
@@ -211,6 +210,7 @@ class Config:
     label_passes: tuple[float, ...] = (100.0, 20.0)     # epochs of 1 % and 10 % of the labels; official code 20
     label_rates: tuple[float, ...] = (0.02, 0.01)       # official code: fine-tuning
     head_factors: tuple[float, ...] = (250.0, 20.0)     # official code: rate of the linear layer over the network's
+    label_decay: float = 5e-4           # ours: official code 0
     checkpoint: str = ""                # --evaluate: the file of a network to probe; nothing is pre-trained
     checkpoint_sha256: str = ""         # of that file, found by itself
     precision: str = "bfloat16"         # ours: multiplications only; parameters and losses stay float32
@@ -226,9 +226,9 @@ class Config:
         sizes, counts, scales = map(list, (self.crop_sizes, self.crop_counts, self.crop_scales))
         require(sizes and len(counts) == len(sizes) and len(scales) == 2 * len(sizes),
                 f"crop_sizes {sizes} need as many crop_counts and twice as many crop_scales")
-        _, stride, pool = STEMS[self.stem]
-        require(min(sizes) > 4 * stride * (1 + pool), f"crop_sizes {sizes}: more than {4 * stride * (1 + pool)} pixels are needed with stem "
-                f"{self.stem}, or its last layer sees a single one")
+        reduced = 4 * STEMS[self.stem][1] * (1 + STEMS[self.stem][2])
+        require(min(sizes) > reduced, f"crop_sizes {sizes}: with stem '{self.stem}' at least {reduced + 1} pixels are needed, or "
+                "layer4 gets a single one")
         require(counts[0] == 2 and min(counts) > 0, f"crop_counts {counts}: two of the first size, at least one of the others")
         require(all(0 < low <= high <= 1 for low, high in zip(scales[::2], scales[1::2])),
                 f"crop_scales {scales}: least and largest share of the image for each size, between 0 and 1")
@@ -249,11 +249,6 @@ def settings_of(config, name):
     """The config with what one of the VARIANTS changes."""
     epochs = config.ablation_epochs if name.startswith("ablation/") else config.pretext_epochs
     return dataclasses.replace(config, **{"method": "swav", "pretext_epochs": epochs, **VARIANTS[name](config)})
-
-
-def first_alike(config, name):
-    """The first variant with the same settings: one training serves both."""
-    return next(other for other in VARIANTS if settings_of(config, other) == settings_of(config, name))
 
 
 def quarter_batch(config):
@@ -488,8 +483,8 @@ class ClusteringNetwork(nn.Module):
         return self.project(torch.cat(features)).split(len(views[0]))
 
 
-def load_encoder(path, stem):
-    """-> (Encoder, what it is in words) from a checkpoint of ours, of torchvision's shape, or as SwAV's are published.
+def load_encoder(run, path, stem):
+    """-> Encoder from a checkpoint of ours, of torchvision's shape, or as SwAV's are published.
 
     Prefixes ("module.", "encoder.", ...) and heads are dropped; network and width are read off the weights; the stem's stride and
     pooling are not in them.  Raises InputError with one line that lists what is missing or does not fit.
@@ -516,7 +511,8 @@ def load_encoder(path, stem):
         raise trainer.InputError(f"{path} does not fit {network}: {' '.join(str(error).split())[:300]}") from None
     for what, names in (("lacks", found.missing_keys), ("has too much:", found.unexpected_keys)):
         trainer.require(not names, f"{path}, read as {network}, {what} {', '.join(names[:5])}" + " ..." * (len(names) > 5))
-    return encoder, f"{network}, width {width:g}, stem {stem} (another with --set stem=...), prefix '{prefix}'"
+    run.say(f"{path}: {network}, width {width:g}, stem {stem} (another with --set stem=...), prefix '{prefix}'")
+    return encoder.to(run.device, memory_format=torch.channels_last)
 
 
 # Objectives: (network, z of the views, the images' numbers, config, whether prototypes are trained, whether the queue takes part)
@@ -611,8 +607,8 @@ def of_all_ranks(rows):
 
 # Optimisation
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum; each parameter's gradient, weight decay included, is multiplied by trust * |parameter| / |gradient| (You et
-    al. 2017).  On every parameter, biases and batch-norm too (official code)."""
+    """SGD with momentum; each parameter's gradient, weight decay included, is multiplied by trust * |parameter| / |gradient|
+    (You et al. 2017).  On every parameter, biases and batch-norm too (official code)."""
 
     def __init__(self, parameters, lr, momentum=0.9, weight_decay=0.0, trust=0.001):
         super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
@@ -692,11 +688,8 @@ def pretrain(run, data, config, purpose):
 def recluster(run, model, config, split, step):
     """DeepCluster-v2, at the start of every epoch: cluster the memory anew for each head; the first time fill it."""
     if step == 0:
-        def embed(images):
-            with run.autocast():
-                return model.project(model.encoder(whole(images, config)))
         model.eval()
-        model.memory.copy_(frozen.extract_features(embed, split).expand(2, -1, -1))
+        model.memory.copy_(features_of(run, config, split, lambda images: model.project(model.encoder(images))).expand(2, -1, -1))
         model.train()
     for head in range(HEADS):
         generator = run.stream(f"k-means {head}", step)
@@ -728,36 +721,33 @@ def watch(model, config, purpose, scalars, guess, step, window, start):
 
 
 # Evaluation
-def measures(run, model, config, kinds, train, test):
-    """{kind: value} for the wanted kinds of a network with a frozen .encoder: "knn20", "knn200", "linear" in percent on pooled
-    features; "use" in percent of ln K."""
-    model.eval()
-
+def features_of(run, config, split, function):
+    """(N,D) float32: function(what the network sees of whole images), under autocast."""
     def encode(images):
         with run.autocast():
-            return model.encoder(whole(images, config))
-
-    values, probes = {}, [kind for kind in kinds if kind in ("knn20", "knn200", "linear")]
-    if probes:
-        (train_x, train_y), (test_x, test_y) = ((frozen.extract_features(encode, split), split.labels) for split in (train, test))
-    for kind in probes:
-        values[kind] = (frozen.linear_probe(train_x, train_y, test_x, test_y, seed=run.seed) if kind == "linear" else
-                        frozen.knn_accuracy(train_x, train_y, test_x, test_y, k=int(kind.removeprefix("knn"))))
-    if "use" in kinds:
-        entropy, _ = use_of_prototypes(prototype_scores(run, model, config, test))
-        values["use"] = 100 * float(entropy) / math.log(config.prototypes)
-    return values
+            return function(whole(images, config))
+    return frozen.extract_features(encode, split)
 
 
 def prototype_scores(run, model, config, split):
-    """(N,K): each image's z against each prototype."""
-    def score(images):
-        with run.autocast():
-            z = model.project(model.encoder(whole(images, config)))
-        return F.linear(z.float(), F.normalize(model.prototypes.weight, dim=1))
+    """(N,K): the z of each image against each prototype."""
+    z = features_of(run, config, split, lambda images: model.project(model.encoder(images)))
+    return F.linear(z, F.normalize(model.prototypes.weight.detach(), dim=1))
 
+
+def measures(run, model, config, kinds, train, test):
+    """{kind: value} for the wanted kinds of a network with a frozen .encoder: "knn20", "knn200", "linear" in percent, on the
+    average of the last feature map; "use" in percent of ln K."""
     model.eval()
-    return frozen.extract_features(score, split)
+    values, probes = {}, [kind for kind in kinds if kind not in ("loss", "use")]
+    if probes:
+        train_x, test_x = (features_of(run, config, split, model.encoder) for split in (train, test))
+    for kind in probes:
+        values[kind] = (frozen.linear_probe(train_x, train.labels, test_x, test.labels, seed=run.seed) if kind == "linear" else
+                        frozen.knn_accuracy(train_x, train.labels, test_x, test.labels, k=int(kind.removeprefix("knn"))))
+    if "use" in kinds:
+        values["use"] = 100 * float(use_of_prototypes(prototype_scores(run, model, config, test))[0]) / math.log(config.prototypes)
+    return values
 
 
 def share_of_labels(labels, share, seed):
@@ -767,8 +757,18 @@ def share_of_labels(labels, share, seed):
     return torch.cat([each[:max(1, round(share * len(each)))] for each in members]).sort().values
 
 
+def labels_of(config, row):
+    """(network to start from, share of the labels, epochs of them, rate, its factor for the linear layer) of a classifier's row."""
+    name, _, kind = row.partition("/")
+    if not kind:
+        return "random", 1, config.supervised_epochs, config.supervised_rate, 1.0
+    place = list(SHARES).index(kind)
+    rates = (config.supervised_rate, 1.0) if name == "supervised" else (config.label_rates[place], config.head_factors[place])
+    return "random" if name == "supervised" else name, SHARES[kind], config.label_passes[place], *rates
+
+
 def classify(run, row, encoder, data, share, epochs, rate, factor):
-    """Train an encoder and a linear layer on a share of the labels -> (classifier, steps, seconds); the layer at factor * rate."""
+    """Train a copy of an encoder and a linear layer on a share of the labels -> (classifier, steps, seconds)."""
     config = run.config
     model = frozen.Classifier(copy.deepcopy(encoder), data.classes).to(run.device, memory_format=torch.channels_last).train()
     train = data.train if share == 1 else data.train.take(share_of_labels(data.train.labels, share, run.seed))
@@ -785,7 +785,7 @@ def classify(run, row, encoder, data, share, epochs, rate, factor):
     groups = [{"params": model.encoder.parameters()}, {"params": model.linear.parameters(), "scale": factor}]
     return model, steps, run.fit(
         row, model, objective, run.shuffled(train, config.label_batch, row), steps=steps, images_per_step=config.label_batch,
-        optimizer=torch.optim.SGD(groups, lr=rate, momentum=config.momentum, weight_decay=config.weight_decay),
+        optimizer=torch.optim.SGD(groups, lr=rate, momentum=config.momentum, weight_decay=config.label_decay),
         learning_rate=trainer.cosine(rate, config.warmup), chance=math.log(data.classes))
 
 
@@ -796,66 +796,52 @@ def evaluate(run, data):
     def network(name):
         """(module with an .encoder, seconds): one of VARIANTS, "random", "supervised" or "checkpoint"."""
         if name not in networks:
-            if name == "random":
-                networks[name] = build(run, config), 0.0
-            elif name == "supervised":
-                model, _, seconds = classifier("supervised", "random", 1, config.supervised_epochs, config.supervised_rate, 1.0)
+            if name == "supervised":
+                model, _, seconds = classifier(name)
                 networks[name] = model, seconds
-            elif name == "checkpoint":
-                model = build(run, config)
-                model.encoder, kind = load_encoder(config.checkpoint, config.stem)
-                run.say(f"{config.checkpoint}: {kind}")
-                networks[name] = model.to(run.device, memory_format=torch.channels_last), 0.0
-            else:
+            elif name in VARIANTS:
                 networks[name] = pretrain(run, data, settings_of(config, name), name)
+            else:
+                networks[name] = build(run, config), 0.0
+            if name == "checkpoint":
+                networks[name][0].encoder = load_encoder(run, config.checkpoint, config.stem)
         return networks[name]
 
-    def classifier(row, start, share, epochs, rate, factor):
+    def classifier(row):
+        start, *budget = labels_of(config, row)
         model, before = network(start)
-        model, steps, seconds = classify(run, row, model.encoder, data, share, epochs, rate, factor)
+        model, steps, seconds = classify(run, row, model.encoder, data, *budget)
         return model, steps, before + seconds
 
-    def probes(prefix, name, settings):
-        """All rows prefix/kind but those with few labels."""
-        rows = {row: row.rsplit("/", 1)[-1] for row in PAPER if row.rsplit("/", 1)[0] == prefix and row.split("/")[-1] not in SHARES}
-        wanted = {row: rows[row] for row in run.wanted(*(row for row in rows if row != prefix))}
+    def probes(name):
+        """All rows name/kind but those of classifiers."""
+        rows = {row: kind for row in PAPER for prefix, _, kind in [row.rpartition("/")] if prefix == name and kind not in SHARES}
+        wanted = {row: rows[row] for row in run.wanted(*rows)}
         if not wanted:
             return
+        settings = settings_of(config, name) if name in VARIANTS else config
         model, seconds = network(name)
         values, own = run.measure(lambda train, test: measures(run, model, settings, wanted.values(), train, test),
                                   data.train, data.test)
         for row, kind in wanted.items():
+            history = run.history[name] if kind == "loss" else None
+            value = 100 * history["loss"][-1][1] / loss_of_guess(settings) if kind == "loss" else values[kind]
             steps = trainer.updates(settings.pretext_epochs, data.unlabeled, settings.batch_size) if name in VARIANTS else 0
-            if kind == "loss":
-                values[kind] = 100 * run.history[name]["loss"][-1][1] / loss_of_guess(settings)
-            run.record(row, values[kind], steps=steps, seconds=seconds + own, history=run.history.get(name) if kind == "loss" else None,
+            run.record(row, value, steps=steps, seconds=seconds + own, history=history,
                        metric="% of ln K" if kind in ("loss", "use") else "accuracy")
 
-    def few_labels(name, start, rates, factors):
-        for row, share, passes, rate, factor in zip((f"{name}/{kind}" for kind in SHARES), SHARES.values(), config.label_passes, rates,
-                                                    factors):
-            frozen.record_accuracy(run, row, lambda: classifier(row, start, share, passes, rate, factor),
-                                   lambda images: whole(images, config), data)
-
-    if config.checkpoint:
-        probes("checkpoint", "checkpoint", config)
-        return few_labels("checkpoint", "checkpoint", config.label_rates, config.head_factors)
-    probes("swav", "swav", config)
-    few_labels("swav", "swav", config.label_rates, config.head_factors)
-    few_labels("supervised", "random", (config.supervised_rate,) * 2, (1.0,) * 2)
-    for name in ("random", "supervised"):
-        probes(name, name, config)
-    frozen.record_accuracy(run, "supervised", lambda: classifier("supervised", "random", 1, config.supervised_epochs,
-                                                                 config.supervised_rate, 1.0),
-                           lambda images: whole(images, config), data)
-    for name in list(VARIANTS)[1:]:
-        probes(name, first_alike(config, name), settings_of(config, name))
-    if "swav" in networks and config.method == "swav" and run.seed == 0 and run.rank == 0 and not run.plan:
+    for name in ["checkpoint"] if config.checkpoint else dict.fromkeys(["swav", "random", "supervised", *VARIANTS]):
+        probes(name)
+        for row in (name, *(f"{name}/{kind}" for kind in SHARES)):
+            if row in PAPER:
+                frozen.record_accuracy(run, row, lambda: classifier(row), lambda images: whole(images, config), data)
+    if "swav" in networks and run.seed == 0 and run.rank == 0 and not run.plan:
         figures(run, networks["swav"][0], data)
 
 
 def figures(run, model, data):
-    """The eight test images nearest to each of 16 prototypes, and how many images are nearest to each prototype (line: all alike)."""
+    """The eight test images nearest to each of 16 prototypes; for how many each prototype is the nearest (red: all alike)."""
+    model.eval()
     scores = prototype_scores(run, model, run.config, data.test)
     counts = scores.argmax(1).bincount(minlength=scores.shape[1]).cpu()
     prototypes = counts.argsort(descending=True, stable=True)[torch.linspace(0, len(counts) - 1, 16).long()]
@@ -873,8 +859,8 @@ def figures(run, model, data):
 def export(run, path):
     """Write the encoder of "swav" as torchvision's state dict, its last layer zero."""
     config = run.config
-    trainer.require(config.width == 1 and config.network != "resnet10", f"network {config.network} of width {config.width:g} is none "
-                    "of torchvision's: --set network=resnet18 --set width=1")
+    trainer.require(config.width == 1 and config.network != "resnet10", f"torchvision has no {config.network} of width "
+                    f"{config.width:g}: --set network=resnet18 --set width=1")
     model, _ = pretrain(run, load_data(run), config, "swav")
     state = {**model.encoder.state_dict(), "fc.weight": torch.zeros(1000, model.encoder.channels), "fc.bias": torch.zeros(1000)}
     if run.rank == 0 and not run.plan:
@@ -893,7 +879,7 @@ def reproduce(run):
 
 
 def rows_of(config):
-    """The rows of a run: those of a given checkpoint, or all others."""
+    """Those of a given checkpoint, or all others."""
     return [row for row in PAPER if row.startswith("checkpoint/") == bool(config.checkpoint)]
 
 
