@@ -30,7 +30,8 @@ Deviations
     python -m papers.swav --scale full         # Imagenette, one data-centre GPU
     torchrun --nproc_per_node=64 -m papers.swav --scale paper        # ImageNet, ResNet-50
     python -m papers.swav --scale full --export FILE        # the network of seed 0 for torchvision.models (trains it if need be)
-    python -m papers.swav --scale full --evaluate FILE        # k-NN and linear probe of any torchvision-shaped or SwAV checkpoint
+    python -m papers.swav --scale full --evaluate FILE        # k-NN and linear probe of such a file; for weights that are
+                                                              # torchvision's or the authors' add --set stem=imagenet
 """
 import copy
 import dataclasses
@@ -208,8 +209,8 @@ class Config:
     supervised_rate: float = 0.1        # ours: from scratch, any number of labels
     label_batch: int = 64               # ours: paper 256
     label_passes: tuple[float, ...] = (100.0, 20.0)     # epochs of 1 % and 10 % of the labels; official code 20
-    label_rates: tuple[float, ...] = (0.02, 0.01)       # official code: fine-tuning
-    head_factors: tuple[float, ...] = (250.0, 20.0)     # official code: rate of the linear layer over the network's
+    label_rates: tuple[float, ...] = (0.03, 0.03)       # ours: of fine-tuning; official code 0.02 and 0.01
+    head_factors: tuple[float, ...] = (10.0, 10.0)      # ours: the linear layer's rate over the network's; official code 250 and 20
     label_decay: float = 5e-4           # ours: official code 0
     checkpoint: str = ""                # --evaluate: the file of a network to probe; nothing is pre-trained
     checkpoint_sha256: str = ""         # of that file, found by itself
@@ -313,13 +314,13 @@ def distort_colors(images, strength, grey, generator):
     brightness, contrast, saturation = 1 + 0.8 * change[:3]
     saturation = torch.where(lost < grey, 0, saturation)
     angle = 2 * math.pi * 0.2 * change[3]
-    luma = torch.tensor(LUMA, device=device)
-    turn = torch.stack([(1 + 2 * (angle + shift).cos()) / 3 for shift in (0, 2 * math.pi / 3, -2 * math.pi / 3)], 1)
-    turn = turn[:, [[0, 1, 2], [2, 0, 1], [1, 2, 0]]]  # (N, 3, 3): a rotation about the axis of greys
-    to_grey = (1 - saturation)[:, None, None] * luma  # (N, 1, 3), the same for every channel
-    map = (brightness * contrast)[:, None, None] * (saturation[:, None, None] * turn + to_grey)
-    offset = (1 - contrast) * brightness * (images.mean((2, 3)) @ luma)
-    return torch.einsum("nij,njhw->nihw", map, images).add_(offset[:, None, None, None]).clamp_(0, 1)
+    a, b, c = ((1 + 2 * (angle + shift).cos()) / 3 for shift in (0, 2 * math.pi / 3, -2 * math.pi / 3))
+    turn = torch.stack([a, b, c, c, a, b, b, c, a], 1).view(count, 3, 3)  # a rotation about the axis of greys
+    to_grey = torch.stack([(1 - saturation) * share for share in LUMA], 1)[:, None]  # (N, 1, 3), the same for every channel
+    matrix = (brightness * contrast)[:, None, None] * (saturation[:, None, None] * turn + to_grey)
+    mean = sum(share * channel for share, channel in zip(LUMA, images.mean((2, 3)).unbind(1)))  # (N,)
+    offset = ((1 - contrast) * brightness * mean)[:, None, None, None]
+    return torch.einsum("nij,njhw->nihw", matrix, images).add_(offset).clamp_(0, 1)
 
 
 def blur(images, share, generator):
@@ -337,8 +338,7 @@ def blur(images, share, generator):
 
 def standardize(images):
     """(N,3,H,W) in 0..1 -> what the network sees."""
-    mean, deviation = (torch.tensor(each, device=images.device).view(3, 1, 1) for each in (MEAN, DEVIATION))
-    return (images - mean) / deviation
+    return torch.stack([(channel - mean) / deviation for channel, mean, deviation in zip(images.unbind(1), MEAN, DEVIATION)], 1)
 
 
 def views_of(images, config, generator):
@@ -446,7 +446,7 @@ class Encoder(ResNet):
         return maps[1:]
 
     def forward(self, images):
-        return self.maps(images)[-1].mean((2, 3))
+        return self.maps(images)[-1].float().mean((2, 3))
 
 
 class ClusteringNetwork(nn.Module):
@@ -579,11 +579,11 @@ def spherical_kmeans(features, count, iterations, generator):
 
 
 @torch.no_grad()
-def use_of_prototypes(scores, over=lambda counts: counts):
-    """Scores (N,K) -> (entropy in nats, largest share) of how often each prototype is the nearest."""
+def use_of_prototypes(scores):
+    """Scores (N,K) -> (entropy in nats, largest share) of how often each prototype is the nearest, on all ranks."""
     counts = torch.zeros(scores.shape[1], device=scores.device)
     counts.index_add_(0, scores.argmax(1), torch.ones(len(scores), device=scores.device))
-    share = over(counts)
+    share = over_ranks(counts)
     share = share / share.sum()
     return -torch.special.xlogy(share, share).sum(), share.max()
 
@@ -659,7 +659,7 @@ def pretrain(run, data, config, purpose):
     model = build(run, config, len(split))
     steps, epoch = trainer.updates(config.pretext_epochs, split, config.batch_size), len(split) / config.batch_size
     frozen_steps, queue_start = round(config.freeze * epoch), round(config.queue_start * epoch)
-    settled = max(frozen_steps if frozen_steps < steps else 0, round(config.warmup * steps))
+    settled = max(frozen_steps, round(config.warmup * steps))
     guess = loss_of_guess(config)
 
     def objective(batch, step):
@@ -673,7 +673,7 @@ def pretrain(run, data, config, purpose):
         everyone = over_ranks(loss.detach().clone()) / run.ranks
         scalars = {"loss": loss + (everyone - loss.detach())}  # logged for all ranks, its gradient this rank's own
         if scores:
-            scalars["entropy"], scalars["largest"] = use_of_prototypes(torch.cat(scores[:2]), over_ranks)
+            scalars["entropy"], scalars["largest"] = use_of_prototypes(torch.cat(scores[:2]))
         if step >= settled and config.on_collapse == "stop":
             watch(model, config, purpose, scalars, guess, step, max(1, round(config.patience * epoch)), settled)
         return scalars

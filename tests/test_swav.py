@@ -34,8 +34,8 @@ def some_config(**settings):
 
 
 def some_run(folder, **settings):
-    return trainer.Run(swav.__file__, some_config(**{"precision": "float32", "shards": 2, **settings}), "smoke", "cpu", suite="smoke",
-                       results=folder, runs=folder)
+    config = some_config(**{"precision": "float32", "shards": 2, **settings})
+    return trainer.Run(swav.__file__, config, "smoke", "cpu", suite="smoke", results=folder, runs=folder)
 
 
 def some_data(count=64):
@@ -203,8 +203,8 @@ def test_the_queue_takes_part_in_the_codes_only_when_full():
 def test_kmeans_finds_clusters_and_keeps_centroids_without_samples():
     centres = unit(5, 128)
     features = F.normalize(centres.repeat(20, 1) + 0.02 * torch.randn(100, 128, generator=generator(1)), dim=1)
-    best = max(float((swav.spherical_kmeans(features, 5, 10, generator(seed)) @ centres.T).max(0).values.min()) for seed in range(9))
-    assert best > 0.99
+    found = [swav.spherical_kmeans(features, 5, 10, generator(seed)) @ centres.T for seed in range(9)]
+    assert max(float(cosines.max(0).values.min()) for cosines in found) > 0.99
     alike = swav.spherical_kmeans(centres[:1].expand(10, -1).contiguous(), 3, 5, generator())
     assert alike.isfinite().all() and torch.allclose(alike.norm(dim=1), torch.ones(3))
 
@@ -225,7 +225,7 @@ def test_clusters_are_those_of_the_memory_which_then_takes_the_new_embeddings():
 
 # Crops and colours
 def coordinates(count, side):
-    """Images that hold each pixel's x in the first channel, its y in the second, as fractions, and the image's number in the third."""
+    """Images that hold each pixel's x in the first channel, its y in the second, as fractions, the image's number in the third."""
     places = (torch.arange(side) + 0.5) / side
     return torch.stack([torch.stack([places.expand(side, -1), places[:, None].expand(-1, side), torch.full((side, side), float(n))])
                         for n in range(count)])
@@ -352,7 +352,8 @@ def test_at_width_one_the_encoder_is_torchvisions(name):
 def published(encoder, prefix="module."):
     """The weights as SwAV's are published: prefixed, with heads."""
     state = {prefix + key: tensor for key, tensor in encoder.state_dict().items()}
-    return {**state, prefix + "projection_head.0.weight": torch.zeros(8, encoder.channels), prefix + "prototypes.weight": torch.ones(3, 8)}
+    heads = {"projection_head.0.weight": torch.zeros(8, encoder.channels), "prototypes.weight": torch.ones(3, 8)}
+    return {**state, **{prefix + key: tensor for key, tensor in heads.items()}}
 
 
 @pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state, "epoch": 3}])
@@ -430,13 +431,15 @@ def test_a_share_of_the_labels_is_a_share_of_every_class():
     labels[-3:] = 10
     chosen = swav.share_of_labels(labels, 0.1, 0)
     assert labels[chosen].bincount().tolist() == [10] * 10 + [1] and len(chosen.unique()) == 101
-    assert torch.equal(chosen, swav.share_of_labels(labels, 0.1, 0)) and not torch.equal(chosen, swav.share_of_labels(labels, 0.1, 1))
+    assert torch.equal(chosen, swav.share_of_labels(labels, 0.1, 0))
+    assert not torch.equal(chosen, swav.share_of_labels(labels, 0.1, 1))
 
 
 @pytest.mark.parametrize("override,message", [
     ("network=vgg", "resnet10, resnet18, resnet50"), ("stem=large", "imagenet, no-pool, cifar"), ("optimizer=adam", "sgd, lars"),
-    ("crop_sizes=[32]", "as many crop_counts"), ("crop_sizes=[32, 16]", "at least 17 pixels"), ("crop_counts=[3, 2]", "two of the first"),
-    ("crop_scales=[0.5, 0.2, 0.1, 0.2]", "least and largest share"), ("epsilon=0", "above 0"), ("prototypes=1", "at least 2"),
+    ("crop_sizes=[32]", "as many crop_counts"), ("crop_sizes=[32, 16]", "at least 17 pixels"),
+    ("crop_counts=[3, 2]", "two of the first"), ("crop_scales=[0.5, 0.2, 0.1, 0.2]", "least and largest share"),
+    ("epsilon=0", "above 0"), ("prototypes=1", "at least 2"),
     ("queue=8", "at least the batch size"), ("label_passes=[3]", "two numbers"), ("blur=2", "at most 1"), ("patience=0", "above 0"),
     ("checkpoint=/no/such/file", "cannot read"), ("batch_size=1", "at least 2"), ("on_collapse=ignore", "stop, record"),
 ])
@@ -502,8 +505,8 @@ def test_pictures_are_told_apart(tmp_path):
     """The loss leaves ln K and the crops of an image end near one another."""
     images = F.interpolate(torch.rand(64, 3, 3, 3, generator=generator()), 40, mode="bilinear").mul(255).byte()
     split = Resident(images, torch.zeros(64, dtype=torch.int64))
-    run = some_run(tmp_path, pretext_epochs=30, batch_size=32, jitter=0, grey=0, crop_scales=[0.5, 1, 0.3, 0.5], freeze=2, width=0.25,
-                   prototypes=10, pretext_rate=2, patience=99)
+    run = some_run(tmp_path, pretext_epochs=30, batch_size=32, jitter=0, grey=0, crop_scales=[0.5, 1, 0.3, 0.5], freeze=2,
+                   width=0.25, prototypes=10, pretext_rate=2, patience=99)
     model, _ = swav.pretrain(run, ImageSet("x", split, split, 2), swav.settings_of(run.config, "swav"), "x")
     losses = [mean for _, mean in run.history["x"]["loss"]]
     assert losses[-1] < 0.9 * math.log(10) < losses[0]
@@ -584,8 +587,8 @@ def test_two_ranks_equal_one_and_go_on_after_one_that_was_killed(tmp_path, whole
     script.write_text(ALL_ROWS)
     options = [*NOISE, *TRAINED, "--data", str(data), *into(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(trainer.ROOT)}
-    killed = subprocess.run([sys.executable, str(script), "9", *options, "--rows", "simclr/knn20"], timeout=100, capture_output=True, text=True,
-                            env={**environment, "REPLICATE_CHECKPOINT_SECONDS": "0"})
+    killed = subprocess.run([sys.executable, str(script), "9", *options, "--rows", "simclr/knn20"], timeout=100,
+                            capture_output=True, text=True, env={**environment, "REPLICATE_CHECKPOINT_SECONDS": "0"})
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [(name, state["step"]) for name, state in states_of(tmp_path).items()] == [("simclr.pt", 8)]
     two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), "-1",
@@ -597,7 +600,8 @@ def test_two_ranks_equal_one_and_go_on_after_one_that_was_killed(tmp_path, whole
     for name, state in first.items():
         assert state["trace"].shape[1] == 20 and state["names"] == second[name]["names"]
         tolerance = 2e-2 if name == "deepcluster.pt" else 1e-4  # a sample between two clusters may go to the other
-        torch.testing.assert_close(second[name]["trace"][0], state["trace"][0], rtol=0, atol=tolerance, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(second[name]["trace"][0], state["trace"][0], rtol=0, atol=tolerance,
+                                   msg=lambda m: f"{name}: {m}")
         assert float(state["trace"][0].std()) > 5e-3, name  # far more than the tolerance
     torch.testing.assert_close(second["swav.pt"]["model"]["queue.features"], first["swav.pt"]["model"]["queue.features"], rtol=0,
                                atol=1e-3)
@@ -610,7 +614,8 @@ def test_every_kind_of_row_runs_and_keeps_to_deterministic_operations(tmp_path, 
     write_packed(tmp_path, train=160, test=40)
     monkeypatch.setattr(trainer.Run, "has", lambda run, row: True)
     options = ["--scale", "smoke", "--data", str(tmp_path), *folders, *settings(
-        dataset="cifar10", pretext_epochs=0.4, ablation_epochs=0.4, supervised_epochs=0.4, label_passes=[40, 4], blur=0.5, queue=64, shards=2)]
+        dataset="cifar10", pretext_epochs=0.4, ablation_epochs=0.4, supervised_epochs=0.4, label_passes=[40, 4], blur=0.5,
+        queue=64, shards=2)]
     assert swav.main(options) == 0
     assert len(graphs) > 20 and not graphs.offenders()
     path = next((tmp_path / "results").rglob("swav.jsonl"))
