@@ -1,0 +1,636 @@
+"""The invariants of the SwAV paper, cheap ones first; the last tests train tiny networks, stop and resume them, on one rank and on
+two."""
+import copy
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import numpy
+import pytest
+import torch
+import torchvision
+from torch.nn import functional as F
+
+from papers import swav
+from replicate import trainer
+from replicate.data import ImageSet, InputError, Resident
+
+SETTINGS = trainer.ROOT / "papers" / "swav.yaml"
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def some_images(count=6, size=40, seed=0):
+    return torch.randint(0, 256, (count, 3, size, size), generator=generator(seed), dtype=torch.uint8)
+
+
+def some_config(**settings):
+    return trainer.resolve_config(swav.Config, SETTINGS, "smoke", 0, [f"{key}={value}" for key, value in settings.items()])
+
+
+def some_run(folder, **settings):
+    config = some_config(**{"precision": "float32", "shards": 2, **settings})
+    return trainer.Run(swav.__file__, config, "smoke", "cpu", suite="smoke", results=folder, runs=folder)
+
+
+def some_data(count=64):
+    split = Resident(some_images(count), torch.arange(count) % 10)
+    return ImageSet("x", split, split, 10)
+
+
+def unit(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, generator=generator(seed)), dim=-1)
+
+
+def random_scores(samples, prototypes, seed=0):
+    return unit(samples, 128, seed=seed) @ unit(prototypes, 128, seed=seed + 100).T
+
+
+# Sinkhorn
+def slow_sinkhorn(scores, epsilon, iterations):
+    """The paper's loop on float64: K x B, all to 1; rows to 1/K, columns to 1/B, times B."""
+    q = torch.exp((scores.double() - scores.double().max()) / epsilon).T
+    q /= q.sum()
+    for _ in range(iterations):
+        q /= q.sum(1, keepdim=True) * q.shape[0]
+        q /= q.sum(0, keepdim=True) * q.shape[1]
+    return (q * q.shape[1]).T
+
+
+@pytest.mark.parametrize("samples,prototypes,mass,entropy", [(256, 300, 0.01, 0.76), (512, 30, 0.02, 0.67)])
+def test_codes_are_the_slow_reference_and_spread_evenly(samples, prototypes, mass, entropy):
+    scores = random_scores(samples, prototypes)
+    codes = swav.sinkhorn(scores)
+    assert codes.dtype == torch.float32 and float(codes.min()) >= 0
+    torch.testing.assert_close(codes.double(), slow_sinkhorn(scores, 0.05, 3), rtol=2e-5, atol=1e-9)
+    torch.testing.assert_close(codes.sum(1), torch.ones(samples), rtol=0, atol=1e-6)
+    shares = codes.sum(0) * prototypes / samples
+    assert float((shares - 1).abs().max()) < mass
+    assert float((swav.sinkhorn(scores, iterations=10).sum(0) * prototypes / samples - 1).abs().max()) < 1e-3
+    assert float(-torch.special.xlogy(codes, codes).sum(1).mean()) / math.log(prototypes) == pytest.approx(entropy, abs=0.02)
+
+
+def test_codes_do_not_change_with_shifts_and_follow_permutations():
+    scores = random_scores(60, 12)
+    codes = swav.sinkhorn(scores)
+    torch.testing.assert_close(swav.sinkhorn(scores + 7), codes, rtol=1e-4, atol=1e-6)
+    shifted = scores + torch.rand(60, 1, generator=generator())
+    assert float((swav.sinkhorn(shifted) - codes).abs().max()) > 1e-4  # not yet converged
+    torch.testing.assert_close(swav.sinkhorn(shifted, iterations=300), swav.sinkhorn(scores, iterations=300), rtol=1e-3, atol=1e-5)
+    rows, columns = torch.randperm(60, generator=generator()), torch.randperm(12, generator=generator())
+    torch.testing.assert_close(swav.sinkhorn(scores[rows][:, columns]), codes[rows][:, columns], rtol=1e-5, atol=1e-7)
+
+
+def test_identical_samples_get_exactly_uniform_codes_and_the_loss_of_a_guess():
+    for prototypes in (3, 30, 300):
+        codes = swav.sinkhorn(random_scores(1, prototypes).expand(64, -1))
+        assert codes.unique().numel() == 1 and float(codes[0, 0]) == pytest.approx(1 / prototypes, rel=1e-6)
+        scores = [torch.full((64, prototypes), 0.3)] * 3
+        assert float(swav.swapped_prediction_loss(scores, [codes, codes])) == pytest.approx(math.log(prototypes), abs=1e-5)
+
+
+def test_extreme_softness():
+    scores = random_scores(64, 8)
+    torch.testing.assert_close(swav.sinkhorn(scores, 1e4), torch.full((64, 8), 1 / 8), rtol=1e-3, atol=0)
+    hard = swav.sinkhorn(scores, 1e-3, 1000)
+    assert hard.isfinite().all() and float(hard.max(1).values.mean()) > 0.97  # exp(1 / 0.001) overflows even float64
+    assert hard.sum(0).tolist() == pytest.approx([8] * 8, abs=0.01)
+    assert swav.sinkhorn(torch.tensor([[1.0, -1], [1, -1]]), 1e-3).isfinite().all()
+    torch.testing.assert_close(swav.sinkhorn(scores, iterations=0), (scores / 0.05).softmax(1))
+    assert torch.equal(swav.sinkhorn(scores.bfloat16()), swav.sinkhorn(scores.bfloat16().float()))
+
+
+# The loss
+def test_the_loss_is_the_slow_reference_and_no_smaller_than_the_entropy_of_the_codes():
+    scores = [random_scores(16, 10, seed) for seed in range(4)]
+    codes = [swav.sinkhorn(each) for each in scores[:2]]
+    losses = []
+    for i in range(2):
+        for v in range(4):
+            if v != i:
+                p = torch.exp(scores[v] / 0.1) / torch.exp(scores[v] / 0.1).sum(1, keepdim=True)
+                losses.append(float(-(codes[i] * p.log()).sum() / 16))
+    loss = float(swav.swapped_prediction_loss(scores, codes))
+    assert loss == pytest.approx(sum(losses) / 6, rel=1e-5)
+    assert loss >= float(-torch.cat(codes).xlogy(torch.cat(codes)).sum(1).mean())
+    two = swav.swapped_prediction_loss(scores[:2], codes)
+    assert float(swav.swapped_prediction_loss(scores[1::-1], codes[::-1])) == pytest.approx(float(two), rel=1e-6)
+
+
+def test_no_gradient_flows_through_the_codes():
+    z = [unit(16, 128, seed=seed).requires_grad_() for seed in range(2)]
+    model = swav.ClusteringNetwork(some_config())
+    loss, scores = swav.swav_loss(model, z, None, some_config(), True, False)
+    loss.backward()
+    codes = [swav.sinkhorn(each) for each in scores]
+    fixed = [each.detach().clone().requires_grad_() for each in z]
+    weight = model.prototypes.weight.detach()
+    swav.swapped_prediction_loss([each @ weight.T for each in fixed], codes).backward()
+    for each, constant in zip(z, fixed):  # as if the codes were given numbers
+        torch.testing.assert_close(each.grad, constant.grad, rtol=1e-4, atol=1e-8)
+    codes = [each.clone().requires_grad_() for each in codes]
+    swav.swapped_prediction_loss([each.detach().requires_grad_() for each in scores], codes).backward()
+    assert codes[0].grad is None and codes[1].grad is None
+    p = (scores[1] / 0.1).softmax(1)  # by hand: view 1 is moved by the code of view 0 alone
+    by_hand = ((p - codes[0]) / 0.1 / 16 / 2) @ weight
+    torch.testing.assert_close(z[1].grad, by_hand.detach(), rtol=1e-3, atol=1e-7)
+
+
+def test_two_crop_contrast_is_simclrs_loss():
+    z = [unit(8, 128, seed=seed) for seed in range(2)]
+    both = torch.cat(z)
+    similarity = (both @ both.T / 0.1).fill_diagonal_(-math.inf)
+    expected = F.cross_entropy(similarity, torch.arange(16).roll(8))
+    loss, scores = swav.simclr_loss(None, z, None, some_config(), True, True)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5) and scores == []
+    assert swav.loss_of_guess(some_config(method="simclr", batch_size=8)) == pytest.approx(math.log(15))
+    three = float(swav.simclr_loss(None, [*z, unit(8, 128, seed=2)], None, some_config(), True, True)[0])
+    assert three != pytest.approx(float(expected), rel=1e-3)
+
+
+# Prototypes and queue
+@pytest.mark.parametrize("optimizer", ["lars", "sgd"])
+def test_frozen_prototypes_stay_bit_identical_and_trained_ones_of_unit_length(tmp_path, optimizer):
+    settings = dict(optimizer=optimizer, weight_decay=0.1, pretext_epochs=3, patience=99)
+    for freeze, same in ((3, True), (2, False)):  # two steps an epoch
+        run = some_run(tmp_path, freeze=freeze, **settings)
+        start = swav.build(run, run.config).state_dict()
+        model, _ = swav.pretrain(run, some_data(), swav.settings_of(run.config, "swav"), "swav")
+        assert torch.equal(model.prototypes.weight, start["prototypes.weight"]) == same
+        assert not torch.equal(model.projection[0].weight, start["projection.0.weight"])
+    swav.swav_loss(model, [unit(4, 128)] * 2, None, run.config, True, False)  # what every step starts with
+    torch.testing.assert_close(model.prototypes.weight.norm(dim=1), torch.ones(30))
+    _, scores = swav.swav_loss(model, [unit(4, 128)] * 2, None, run.config, True, False)
+    assert float(scores[0].detach().abs().max()) <= 1
+
+
+def test_the_queue_is_first_in_first_out_and_of_no_use_before_it_is_full():
+    queue = swav.FeatureQueue(2, 6, 1)
+    for number in range(1, 6):
+        assert len(queue.read(0)) == (6 if number > 3 else 0)  # three batches of two fill it
+        queue.push(torch.tensor([[[number + 0.1], [number + 0.2]], [[-number - 0.1], [-number - 0.2]]]))
+    assert queue.read(0).flatten().tolist() == pytest.approx([5.1, 5.2, 4.1, 4.2, 3.1, 3.2])
+    assert queue.read(1).flatten().tolist() == pytest.approx([-5.1, -5.2, -4.1, -4.2, -3.1, -3.2])
+    assert torch.equal(torch.cat([queue.read(0, rank, 2) for rank in range(2)]), queue.read(0))
+    other = swav.FeatureQueue(2, 6, 1)
+    other.load_state_dict(queue.state_dict())
+    assert torch.equal(other.read(0), queue.read(0)) and len(swav.FeatureQueue(2, 6, 1).read(0)) == 0
+
+
+def test_the_queue_takes_part_in_the_codes_only_when_full():
+    config = some_config(queue=40, batch_size=16)  # rounded down to 32
+    model, plain = swav.ClusteringNetwork(config), swav.ClusteringNetwork(some_config())
+    plain.prototypes.load_state_dict(model.prototypes.state_dict())
+    assert model.queue.features.shape == (2, 32, 128) and plain.queue is None
+    batches = [[unit(16, 128, seed=3 * number + view) for view in range(3)] for number in range(3)]
+    losses = [[float(swav.swav_loss(each, z, None, config, False, True)[0]) for z in batches] for each in (model, plain)]
+    assert losses[0][:2] == losses[1][:2] and losses[0][2] != losses[1][2]
+    weight = model.prototypes.weight.detach()
+    past = [torch.cat([batches[1][view], batches[0][view]]) for view in range(2)]
+    codes = [swav.sinkhorn(torch.cat([past[view], batches[2][view]]) @ weight.T)[-16:] for view in range(2)]
+    assert losses[0][2] == pytest.approx(float(swav.swapped_prediction_loss([z @ weight.T for z in batches[2]], codes)), rel=1e-5)
+    before = model.queue.features.clone()
+    swav.swav_loss(model, batches[0], None, config, False, False)  # not started yet
+    assert torch.equal(model.queue.features, before)
+
+
+# DeepCluster-v2
+def test_kmeans_finds_clusters_and_keeps_centroids_without_samples():
+    centres = unit(5, 128)
+    features = F.normalize(centres.repeat(20, 1) + 0.02 * torch.randn(100, 128, generator=generator(1)), dim=1)
+    found = [swav.spherical_kmeans(features, 5, 10, generator(seed)) @ centres.T for seed in range(9)]
+    assert max(float(cosines.max(0).values.min()) for cosines in found) > 0.99
+    alike = swav.spherical_kmeans(centres[:1].expand(10, -1).contiguous(), 3, 5, generator())
+    assert alike.isfinite().all() and torch.allclose(alike.norm(dim=1), torch.ones(3))
+
+
+def test_clusters_are_those_of_the_memory_which_then_takes_the_new_embeddings():
+    config = some_config(method="deepcluster", prototypes=4)
+    model = swav.ClusteringNetwork(config, images=10)
+    model.memory.copy_(unit(2, 10, 128))
+    model.centroids.copy_(unit(swav.HEADS, 4, 128, seed=1))
+    numbers, z = torch.tensor([7, 2, 5]), [unit(3, 128, seed=seed) for seed in (2, 3, 4)]
+    memory = model.memory.clone()
+    expected = sum(float(F.cross_entropy(each @ model.centroids[head].T / 0.1,
+                                         torch.stack([(memory[head % 2, n] @ model.centroids[head].T).argmax() for n in numbers])))
+                   for head in range(3) for each in z) / 9
+    assert float(swav.deepcluster_loss(model, z, numbers, config, True, True)[0]) == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(model.memory[1, numbers], z[1]) and torch.equal(model.memory[0, 3], memory[0, 3])
+
+
+# Crops and colours
+def coordinates(count, side):
+    """Images that hold each pixel's x in the first channel, its y in the second, as fractions, the image's number in the third."""
+    places = (torch.arange(side) + 0.5) / side
+    return torch.stack([torch.stack([places.expand(side, -1), places[:, None].expand(-1, side), torch.full((side, side), float(n))])
+                        for n in range(count)])
+
+
+def test_crops_lie_inside_the_image_and_each_has_its_own_place():
+    images = coordinates(300, 32)
+    crops = swav.multi_crop(images, (24, 12), (2, 3), [(0.14, 1.0), (0.05, 0.14)], generator())
+    assert [tuple(crop.shape) for crop in crops] == [(300, 3, 24, 24)] * 2 + [(300, 3, 12, 12)] * 3
+    for crop, size, (low, high) in zip(crops, (24, 24, 12, 12, 12), [(0.14, 1.0)] * 2 + [(0.05, 0.14)] * 3):
+        torch.testing.assert_close(crop[:, 2], torch.arange(300.0)[:, None, None].expand(-1, size, size))  # of its own image
+        assert float(crop[:, :2].min()) >= 0.5 / 32 - 1e-6 and float(crop[:, :2].max()) <= 1 - 0.5 / 32 + 1e-6
+        assert len(crop[:, 0, 0, 0].unique()) > 250  # places differ
+        mirrored = crop[:, 0, 0, -1] < crop[:, 0, 0, 0]
+        assert 110 < int(mirrored.sum()) < 190 and (crop[:, 1, -1, 0] > crop[:, 1, 0, 0]).all()
+    centres, sides = swav.crop_boxes(5000, (0.2, 0.5), generator(), "cpu")
+    assert (centres - sides / 2).min() >= -1e-6 and (centres + sides / 2).max() <= 1 + 1e-6
+    area, shape = sides.prod(1), sides[:, 0] / sides[:, 1]
+    assert area.min() >= 0.2 - 1e-6 and area.max() <= 0.5 + 1e-6 and float(area.mean()) == pytest.approx(0.35, abs=0.01)
+    assert shape.min() >= 0.75 - 1e-5 and shape.max() <= 4 / 3 + 1e-5
+    assert float(swav.crop_boxes(500, (1, 1), generator(), "cpu")[1].max()) == 1.0
+    assert not torch.equal(crops[0], crops[1]) and not torch.equal(crops[2], crops[3])
+    again = swav.multi_crop(images, (24, 12), (2, 3), [(0.14, 1.0), (0.05, 0.14)], generator())
+    assert all(torch.equal(first, second) for first, second in zip(crops, again))
+
+
+def test_a_crop_is_what_slicing_and_resizing_give(monkeypatch):
+    monkeypatch.setattr(swav, "crop_boxes", lambda count, *rest: (torch.tensor([[0.375, 0.5]]), torch.tensor([[0.25, 0.5]])))
+    image = torch.rand(1, 3, 16, 16, generator=generator())
+    crop = swav.multi_crop(image, (8,), (2,), [(0, 1)], generator())
+    window = F.interpolate(image[:, :, 4:12, 4:8], (8, 8), mode="bilinear")
+    inner = slice(2, -2)  # at the window's edge a crop sees the pixels beyond
+    plain = [each if float((each - window)[..., inner, inner].abs().max()) < 1e-5 else each.flip(3) for each in crop]
+    assert all(float((each - window)[..., inner, inner].abs().max()) < 1e-5 for each in plain)
+
+
+def test_colours():
+    images = torch.rand(400, 3, 6, 6, generator=generator())
+    torch.testing.assert_close(swav.distort_colors(images, 0.0, 0.0, generator()), images, rtol=1e-5, atol=1e-6)
+    grey = swav.distort_colors(images, 0.0, 1.0, generator())
+    torch.testing.assert_close(grey[:, 0], torch.einsum("c,nchw->nhw", torch.tensor(swav.LUMA), images), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grey[:, 1], grey[:, 0])
+    made = swav.distort_colors(images, 1.0, 0.2, generator())
+    assert made.min() >= 0 and made.max() <= 1
+    colourless = (made - made[:, :1]).abs().amax((1, 2, 3)) < 1e-5
+    assert 50 < int(colourless.sum()) < 115
+    untouched = (made - images).abs().amax((1, 2, 3)) < 1e-4
+    assert 40 < int(untouched.sum()) < 90  # one in five is not jittered, of these one in five grey
+    flat = torch.full((400, 3, 4, 4), 0.4)
+    levels = swav.distort_colors(flat, 1.0, 0.2, generator())
+    assert float((levels - levels[:, :1]).abs().max()) < 1e-5  # greys stay grey
+    assert len(levels[:, 0, 0, 0].unique()) > 250 and levels.min() < 0.1 and levels.max() > 0.7
+    pure = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(400, -1, 2, 2) * 0.5
+    turned = swav.distort_colors(pure, 1.0, 0.0, generator())[:, :, 0, 0]
+    assert (turned[:, 1] > turned[:, 2] + 0.05).any() and (turned[:, 2] > turned[:, 1] + 0.05).any()  # to yellow and to purple
+
+
+def test_blur_is_a_gaussian_for_a_share_of_the_crops():
+    flat = torch.full((4, 3, 32, 32), 0.3)
+    torch.testing.assert_close(swav.blur(flat, 1.0, generator()), flat)
+    dots = torch.zeros(200, 3, 112, 112)
+    dots[:, :, 56, 56] = 1
+    made = swav.blur(dots, 0.5, generator())
+    torch.testing.assert_close(made.sum((2, 3)), torch.ones(200, 3))
+    kept = made[:, 0, 56, 56] > 0.999
+    assert 75 < int(kept.sum()) < 150 and torch.allclose(made, made.flip(2, 3).roll((1, 1), (2, 3)), atol=1e-6)
+    assert torch.equal(swav.blur(dots[:2], 0.0, generator()), dots[:2])
+
+
+# Rates and optimisers
+def test_rates_of_the_released_recipe():
+    config = trainer.resolve_config(swav.Config, SETTINGS, "paper")
+    rate = swav.warmed_cosine(config.pretext_rate, config.warmup)
+    assert rate(0) == pytest.approx(0.3) and rate(config.warmup) == pytest.approx(4.8) and rate(1) == pytest.approx(0.0048)
+    assert rate(config.warmup / 2) == pytest.approx(2.55) and swav.warmed_cosine(0.6, 0)(0) == pytest.approx(0.6)
+    images = 1_281_167
+    assert trainer.updates(1, range(images), config.batch_size) == 312 and round(config.freeze * images / config.batch_size) == 313
+    assert round(images / 256) == 5005 and config.warmup * config.pretext_epochs == 10
+    assert (config.crop_sizes, config.crop_counts, config.prototypes, config.hidden) == ((224, 96), (2, 6), 3000, 2048)
+
+
+def test_lars_is_the_slow_reference():
+    weights = [torch.randn(4, 3, generator=generator()), torch.randn(3, generator=generator(1)), torch.zeros(2), torch.ones(2)]
+    parameters = [weight.clone().requires_grad_() for weight in weights]
+    optimizer = swav.LARS(parameters, lr=0.5, momentum=0.9, weight_decay=0.1, trust=0.01)
+    buffers = [torch.zeros_like(weight) for weight in weights]
+    for step in range(3):
+        for number, p in enumerate(parameters):
+            p.grad = None if number == 3 else torch.randn(p.shape, generator=generator(10 * step + number))
+        gradients = [p.grad for p in parameters]
+        optimizer.step()
+        for number, (weight, gradient, buffer) in enumerate(zip(weights, gradients, buffers)):
+            if gradient is None:
+                continue
+            if weight.norm() > 0:
+                gradient = (gradient + 0.1 * weight) * 0.01 * weight.norm() / (gradient.norm() + 0.1 * weight.norm())
+            buffers[number] = 0.9 * buffer + gradient
+            weights[number] = weight - 0.5 * buffers[number]
+    for p, weight in zip(parameters, weights):
+        torch.testing.assert_close(p.detach(), weight, rtol=1e-5, atol=1e-7)
+    assert torch.equal(parameters[3], torch.ones(2))
+
+
+# Networks and files
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_at_width_one_the_encoder_is_torchvisions(name):
+    theirs = getattr(torchvision.models, name)().eval()
+    encoder = swav.Encoder(name).eval()
+    shapes = {key: tensor.shape for key, tensor in theirs.state_dict().items() if not key.startswith("fc.")}
+    assert {key: tensor.shape for key, tensor in encoder.state_dict().items()} == shapes
+    encoder.load_state_dict({key: tensor for key, tensor in theirs.state_dict().items() if not key.startswith("fc.")})
+    theirs.fc = torch.nn.Identity()
+    images = torch.rand(2, 3, 64, 64, generator=generator())
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(images), theirs(images), rtol=1e-4, atol=1e-5)
+        assert [tuple(each.shape[1:]) for each in encoder.maps(images)] == [
+            (encoder.channels // 2 ** (3 - block), 16 // 2 ** block, 16 // 2 ** block) for block in range(4)]
+    with torch.device("meta"):
+        assert swav.Encoder(name, stem="cifar").conv1.weight.shape == (64, 3, 3, 3)
+        wide = sum(p.numel() for p in swav.Encoder("resnet50", width=2).parameters())
+    assert wide == pytest.approx(94e6, rel=0.01)  # the paper's RN50-w2
+
+
+def published(encoder, prefix="module."):
+    """The weights as SwAV's are published: prefixed, with heads."""
+    state = {prefix + key: tensor for key, tensor in encoder.state_dict().items()}
+    heads = {"projection_head.0.weight": torch.zeros(8, encoder.channels), "prototypes.weight": torch.ones(3, 8)}
+    return {**state, **{prefix + key: tensor for key, tensor in heads.items()}}
+
+
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state, "epoch": 3}])
+@pytest.mark.parametrize("network,width,stem,prefix", [("resnet18", 0.125, "imagenet", "module."), ("resnet10", 0.25, "cifar", ""),
+                                                       ("resnet50", 0.125, "no-pool", "module.encoder.")])
+def test_weights_load_whatever_their_prefix_and_heads(tmp_path, wrap, network, width, stem, prefix, capsys):
+    encoder = swav.Encoder(network, width, stem)
+    torch.save(wrap(published(encoder, prefix)), tmp_path / "file")
+    loaded = swav.load_encoder(some_run(tmp_path), tmp_path / "file", "no-pool" if stem == "no-pool" else "imagenet")
+    for (name, first), (_, second) in zip(encoder.state_dict().items(), loaded.state_dict().items()):
+        assert torch.equal(first, second), name
+    assert type(loaded.maxpool) is type(encoder.maxpool) and f"{network}, width {width:g}, stem {stem}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage,message", [
+    (lambda state: state.pop("module.layer3.0.conv1.weight"), "read as resnet18, lacks layer3.0.conv1.weight"),
+    (lambda state: state.update({"module.layer2.7.conv1.weight": torch.zeros(1)}), "has too much: layer2.7.conv1.weight"),
+    (lambda state: state.update({"module.layer4.0.conv2.weight": torch.zeros(2, 2)}), "size mismatch for layer4.0.conv2.weight"),
+    (lambda state: [state.pop(key) for key in list(state) if "conv1" in key], "holds no conv1.weight"),
+])
+def test_files_that_do_not_fit_get_one_line(tmp_path, capsys, folders, write_packed, damage, message):
+    write_packed(tmp_path)
+    state = published(swav.Encoder("resnet18", 0.125))
+    damage(state)
+    torch.save(state, tmp_path / "file")
+    assert swav.main(["--scale", "smoke", "--data", str(tmp_path), "--set", "dataset=cifar10", "--evaluate", str(tmp_path / "file"),
+                      *folders]) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1 and message in error and str(tmp_path / "file") in error
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_files_that_are_none_get_one_line(tmp_path, capsys, folders, write_packed):
+    write_packed(tmp_path)
+    (tmp_path / "rubbish").write_bytes(b"x" * 300)
+    for name, message in (("rubbish", "is no checkpoint of weights"), ("missing", "cannot read")):
+        assert swav.main(["--scale", "smoke", "--data", str(tmp_path), "--set", "dataset=cifar10", "--evaluate",
+                          str(tmp_path / name), *folders]) == 2
+        error = capsys.readouterr().err.strip()
+        assert len(error.splitlines()) == 1 and message in error
+    assert swav.main(["--scale", "smoke", "--evaluate"]) == 2 and "--evaluate" in capsys.readouterr().err
+    assert swav.main(["--scale", "smoke", "--export", str(tmp_path / "x"), *folders]) == 2
+    assert "torchvision has no resnet10 of width 0.125" in capsys.readouterr().err
+
+
+def records_of(folder):
+    return [json.loads(line) for path in sorted(folder.rglob("*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def settings(**values):
+    return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+
+
+def test_an_exported_network_loads_into_torchvision_and_probes_the_same(tmp_path, capsys, folders, write_packed):
+    write_packed(tmp_path, train=32, test=20)
+    options = ["--scale", "smoke", "--data", str(tmp_path), *folders, *settings(
+        dataset="cifar10", network="resnet18", width=1, pretext_epochs=1, batch_size=16, precision="float32", shards=2)]
+    assert swav.main([*options, "--rows", "swav/knn20,swav/linear"]) == 0
+    assert swav.main([*options, "--export", str(tmp_path / "out.pt")]) == 0  # does not train again
+    assert "images/s" not in capsys.readouterr().out.split("swav/linear")[-1]
+    exported = torch.load(tmp_path / "out.pt", weights_only=True)
+    model = torchvision.models.resnet18()
+    model.load_state_dict(exported, strict=True)
+    (trained,) = (torch.load(path, weights_only=True)["model"] for path in tmp_path.rglob("swav.pt"))
+    assert torch.equal(model.layer4[1].conv2.weight, trained["encoder.layer4.1.conv2.weight"])
+    for path in (tmp_path / "out.pt", next(tmp_path.rglob("swav.pt"))):
+        assert swav.main([*options, "--evaluate", str(path), "--rows", "checkpoint/knn20,checkpoint/linear"]) == 0
+    values = [record["value"] for record in records_of(tmp_path / "results")]
+    assert len(values) == 6 and values[:2] == values[2:4] == values[4:]
+
+
+# Labels, config
+def test_a_share_of_the_labels_is_a_share_of_every_class():
+    labels = torch.arange(1000) % 10
+    labels[-3:] = 10
+    chosen = swav.share_of_labels(labels, 0.1, 0)
+    assert labels[chosen].bincount().tolist() == [10] * 10 + [1] and len(chosen.unique()) == 101
+    assert torch.equal(chosen, swav.share_of_labels(labels, 0.1, 0))
+    assert not torch.equal(chosen, swav.share_of_labels(labels, 0.1, 1))
+
+
+@pytest.mark.parametrize("override,message", [
+    ("network=vgg", "resnet10, resnet18, resnet50"), ("stem=large", "imagenet, no-pool, cifar"), ("optimizer=adam", "sgd, lars"),
+    ("crop_sizes=[32]", "as many crop_counts"), ("crop_sizes=[32, 16]", "at least 17 pixels"),
+    ("crop_counts=[3, 2]", "two of the first"), ("crop_scales=[0.5, 0.2, 0.1, 0.2]", "least and largest share"),
+    ("epsilon=0", "above 0"), ("prototypes=1", "at least 2"),
+    ("queue=8", "at least the batch size"), ("label_passes=[3]", "two numbers"), ("blur=2", "at most 1"), ("patience=0", "above 0"),
+    ("checkpoint=/no/such/file", "cannot read"), ("batch_size=1", "at least 2"), ("on_collapse=ignore", "stop, record"),
+])
+def test_wrong_settings_are_named(override, message):
+    with pytest.raises(InputError, match=message):
+        trainer.resolve_config(swav.Config, SETTINGS, "smoke", 0, [override])
+
+
+def test_images_without_colours_get_one_line(tmp_path, capsys, folders, write_packed):
+    write_packed(tmp_path, "mnist", shape=(28, 28, 1))
+    assert swav.main(["--scale", "smoke", "--data", str(tmp_path), "--set", "dataset=mnist", *folders]) == 2
+    assert "'mnist' has 1 colour channel" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scale", ["small", "full"])
+def test_two_crops_see_as_many_pixels(scale):
+    config = trainer.resolve_config(swav.Config, SETTINGS, scale)
+    seen = [each.pretext_epochs * swav.pixels(each) for each in (config, swav.settings_of(config, "two-crops"))]
+    assert seen[0] == pytest.approx(seen[1]) and sum(swav.settings_of(config, "two-crops").crop_counts) == 2
+
+
+# Collapse
+def test_a_collapse_ends_the_run_with_one_line_and_is_recorded_where_it_is_meant(tmp_path, capsys, folders, write_packed):
+    write_packed(tmp_path, train=64, test=20)
+    options = ["--scale", "smoke", "--data", str(tmp_path), *folders, *settings(
+        dataset="cifar10", pretext_epochs=9, ablation_epochs=9, batch_size=16, patience=3, freeze=1, pretext_rate=1, shards=2)]
+    assert swav.main([*options, "--rows", "swav/knn20", *settings(epsilon=1)]) == 3
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1 and "swav collapsed: from step" in error and "that of a guess 3.401" in error
+    assert "lower epsilon (now 1) with --set" in error
+    (record,) = records_of(tmp_path / "results")
+    assert record["status"] == "failed" and record["error"] in error
+    assert swav.main([*options, "--rows", "ablation/epsilon0.5/loss"]) == 0
+    assert records_of(tmp_path / "results")[-1]["value"] > 99
+
+
+def test_the_watch_sees_guesses_and_one_prototype_that_takes_over():
+    model, config = swav.ClusteringNetwork(some_config()), some_config()
+
+    def watched(loss, largest, **changed):
+        for step in range(10, 30):
+            scalars = {"loss": torch.tensor(loss), "largest": torch.tensor(largest)}
+            swav.watch(model, some_config(**changed), "x", scalars, math.log(30), step, 10, 10)
+
+    watched(3.3, 0.5)  # 3 % below ln 30
+    with pytest.raises(trainer.TrainingFailed, match="from step 10 to 20 one prototype took 95 % .* lower pretext_rate"):
+        watched(1.0, 0.95)
+    with pytest.raises(trainer.TrainingFailed, match="raise iterations .now 0."):
+        watched(3.4, 0.1, iterations=0)
+    with pytest.raises(trainer.TrainingFailed, match="lower epsilon .now 0.06."):
+        watched(3.4, 0.1, epsilon=0.06)
+
+
+def test_use_of_prototypes():
+    entropy, largest = swav.use_of_prototypes(torch.eye(8).repeat(3, 1))
+    assert float(entropy) == pytest.approx(math.log(8)) and float(largest) == pytest.approx(1 / 8)
+    entropy, largest = swav.use_of_prototypes(torch.eye(8)[:1].expand(5, -1))
+    assert float(entropy) == 0 and float(largest) == 1
+
+
+# Short training
+def test_pictures_are_told_apart(tmp_path):
+    """The loss leaves ln K and the crops of an image end near one another."""
+    images = F.interpolate(torch.rand(64, 3, 3, 3, generator=generator()), 40, mode="bilinear").mul(255).byte()
+    split = Resident(images, torch.zeros(64, dtype=torch.int64))
+    run = some_run(tmp_path, pretext_epochs=30, batch_size=32, jitter=0, grey=0, crop_scales=[0.5, 1, 0.3, 0.5], freeze=2,
+                   width=0.25, prototypes=10, pretext_rate=2, patience=99)
+    model, _ = swav.pretrain(run, ImageSet("x", split, split, 2), swav.settings_of(run.config, "swav"), "x")
+    losses = [mean for _, mean in run.history["x"]["loss"]]
+    assert losses[-1] < 0.9 * math.log(10) < losses[0]
+    assert run.history["x"]["ln K"][0][1] == pytest.approx(math.log(10), abs=1e-4)
+
+
+TRAINED = ["--rows", "swav/loss,deepcluster/loss,simclr/knn20"]
+NOISE = ["--scale", "smoke", "--device", "cpu", *settings(dataset="cifar10", precision="float32", pretext_epochs=4, queue=64,
+                                                          freeze=0.2, queue_start=0, patience=99, pretext_rate=0.2, shards=2)]
+ALL_ROWS = """
+import os, signal, sys
+from papers import swav
+from replicate import trainer
+trainer.Run.has = lambda run, row: True
+write, left = trainer.write_atomically, int(sys.argv[1])
+
+def dying(path, content):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, content)
+
+trainer.write_atomically = dying
+sys.exit(swav.main(sys.argv[2:]))
+"""
+
+
+def into(folder):
+    return ["--results", str(folder / "results"), "--runs", str(folder / "runs")]
+
+
+def states_of(folder):
+    return {path.name: torch.load(path, weights_only=True) for path in sorted(folder.rglob("*.pt"))}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(data folder, folder of a run that was never stopped): twenty steps of each method on 160 images of noise."""
+    data, folder = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("whole")
+    noise = some_images(200, 32).permute(0, 2, 3, 1).numpy()
+    (data / "packed").mkdir()
+    numpy.savez(data / "packed" / "cifar10.npz", x_train=noise[:160], y_train=numpy.arange(160) % 10, x_test=noise[160:],
+                y_test=numpy.arange(40) % 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Run, "has", lambda run, row: True)
+        assert swav.main([*NOISE, *TRAINED, "--data", str(data), *into(folder)]) == 0
+    return data, folder
+
+
+def test_stopped_and_resumed_ends_in_the_same_bytes(tmp_path, whole, monkeypatch):
+    """Queue, prototypes, memory and centroids included; each phase is stopped at its 11th step."""
+    data, folder = whole
+    monkeypatch.setattr(trainer.Run, "has", lambda run, row: True)
+    options = [*NOISE, *TRAINED, "--data", str(data), *into(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Run, "_agree_to_stop", lambda run, step, steps: step == 11)
+        assert [swav.main(options) for _ in range(3)] == [130] * 3
+    assert swav.main(options) == 0
+    first, second = states_of(folder), states_of(tmp_path)
+    assert set(first) == set(second) == {"swav.pt", "deepcluster.pt", "simclr.pt"}
+    assert {"memory", "centroids"} < set(first["deepcluster.pt"]["model"])
+    queue = first["swav.pt"]["model"]
+    assert queue["queue._extra_state"] == queue["queue.features"].shape[1] == 64 and queue["queue.features"].norm() > 1
+    for name, state in first.items():
+        assert torch.equal(state["trace"], second[name]["trace"]), name
+        for key, tensor in state["model"].items():
+            assert torch.equal(tensor, second[name]["model"][key]), f"{name} {key}"
+    first, second = ([(record["row"], record["value"]) for record in records_of(each)] for each in (folder, tmp_path))
+    assert first == second
+
+
+def test_two_ranks_equal_one_and_go_on_after_one_that_was_killed(tmp_path, whole):
+    """torchrun with two processes: the same rows of data, the same loss to 1e-4 over 20 steps.  They resume what one rank had
+    begun when it was killed."""
+    data, folder = whole
+    script = tmp_path / "all_rows.py"
+    script.write_text(ALL_ROWS)
+    options = [*NOISE, *TRAINED, "--data", str(data), *into(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(trainer.ROOT)}
+    killed = subprocess.run([sys.executable, str(script), "9", *options, "--rows", "simclr/knn20"], timeout=100,
+                            capture_output=True, text=True, env={**environment, "REPLICATE_CHECKPOINT_SECONDS": "0"})
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [(name, state["step"]) for name, state in states_of(tmp_path).items()] == [("simclr.pt", 8)]
+    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), "-1",
+                          *options], capture_output=True, text=True, timeout=200, env=environment)
+    assert two.returncode == 0, two.stderr
+    assert "simclr: resumed at step 8/20" in two.stdout
+    first, second = states_of(folder), states_of(tmp_path)
+    assert set(first) == set(second) == {"swav.pt", "deepcluster.pt", "simclr.pt"}
+    for name, state in first.items():
+        assert state["trace"].shape[1] == 20 and state["names"] == second[name]["names"]
+        tolerance = 2e-2 if name == "deepcluster.pt" else 1e-4  # a sample between two clusters may go to the other
+        torch.testing.assert_close(second[name]["trace"][0], state["trace"][0], rtol=0, atol=tolerance,
+                                   msg=lambda m: f"{name}: {m}")
+        assert float(state["trace"][0].std()) > 5e-3, name  # far more than the tolerance
+    torch.testing.assert_close(second["swav.pt"]["model"]["queue.features"], first["swav.pt"]["model"]["queue.features"], rtol=0,
+                               atol=1e-3)
+    records = records_of(tmp_path)
+    assert {record["ranks"] for record in records} == {2} and len(records) == 3  # one writer
+
+
+def test_every_kind_of_row_runs_and_keeps_to_deterministic_operations(tmp_path, folders, graphs, monkeypatch, write_packed):
+    """The graph of every training step is walked."""
+    write_packed(tmp_path, train=160, test=40)
+    monkeypatch.setattr(trainer.Run, "has", lambda run, row: True)
+    options = ["--scale", "smoke", "--data", str(tmp_path), *folders, *settings(
+        dataset="cifar10", pretext_epochs=0.4, ablation_epochs=0.4, supervised_epochs=0.4, label_passes=[40, 4], blur=0.5,
+        queue=64, shards=2)]
+    assert swav.main(options) == 0
+    assert len(graphs) > 20 and not graphs.offenders()
+    path = next((tmp_path / "results").rglob("swav.jsonl"))
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = swav.rows_of(some_config())
+    assert [record["status"] for record in records] == ["ok"] * len(rows) and {record["row"] for record in records} == set(rows)
+    assert all(0 <= record["value"] <= 100 for record in records if record["metric"] == "accuracy")
+    names = {file.name for file in path.parent.iterdir()}
+    assert {"swav_nearest.png", "swav_use_of_prototypes.png", "swav_pretext.svg", "swav_use.svg"} <= names
+
+
+def test_probes_leave_the_network_as_it_is(tmp_path):
+    run, data = some_run(tmp_path, label_passes=[40, 20]), some_data()
+    model = swav.build(run, run.config)
+    before = copy.deepcopy(model.state_dict())
+    swav.measures(run, model, run.config, ["knn20", "linear", "use"], data.train, data.test)
+    swav.classify(run, "x/percent10", model.encoder, data, *swav.labels_of(run.config, "x/percent10")[1:])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items() if torch.is_tensor(tensor))
