@@ -12,15 +12,18 @@ softmax(scores / tau); the loss of a guess is ln K.  A queue of past z makes up 
 Deviations
  1. Crops are cut on the device from squares decoded once (paper scale: 256 pixels, of the middle of the image), bilinearly and with
     no filter before; sides that stick out of the image are cut off, where torchvision draws again.
- 2. Colours are jittered in one order, brightness, contrast, saturation, hue; hue turns about the grey axis.  Jitter is half as
-    strong, and nothing blurred, at scales small and full (small images).  Scale paper has the paper's strengths.
+ 2. Colours are jittered in one order, brightness, contrast, saturation, hue, and cut to 0..1 once, in the end; hue turns about the
+    grey axis.  Jitter is half as strong, and nothing blurred, at scales small and full (small images).  Scale paper has the
+    paper's strengths.
  3. The Sinkhorn algorithm runs on logarithms, the same numbers without overflow.
  4. Batch-norm, Sinkhorn and queue span all ranks; the official code synchronises batch-norm among 8 GPUs and keeps a queue on each.
  5. DeepCluster-v2's memory starts from whole images, and an image's cluster is read off when the image is drawn.
  6. SimCLR, a control: every crop is compared with the large crops; with two crops it is SimCLR's own loss.
  7. Two crops are trained for more epochs, until they have seen as many pixels; the paper compares equal epochs.
  8. Probes see whole images scaled to test_size (paper: the middle 224 of 256 pixels); the linear one is logistic regression without
-    augmentation.  1 % and 10 % of the labels are drawn by the seed, class by class; the paper has fixed lists.  Always the last
+    augmentation.  The random network's batch-norm statistics are those of 500 training images, so that it is normalised as the
+    others are.  1 % and 10 % of the labels are drawn by the seed, class by class; the paper has fixed lists.  Fine-tuning has
+    warm-up and cosine (official code: steps), a head that starts at zero, and rates not tuned for either arm.  Always the last
     iterate: the official code reports the best epoch on the validation set.
  9. Convolutions and matrix products run in bfloat16 (--set precision=float32 for none); norms, scores, codes, losses in float32.
 10. Left out: transfer to Places205, iNaturalist, VOC and COCO, SeLa-v2, uncurated images.  Wider networks: --set width=2.
@@ -30,8 +33,8 @@ Deviations
     python -m papers.swav --scale full         # Imagenette, one data-centre GPU
     torchrun --nproc_per_node=64 -m papers.swav --scale paper        # ImageNet, ResNet-50
     python -m papers.swav --scale full --export FILE        # the network of seed 0 for torchvision.models (trains it if need be)
-    python -m papers.swav --scale full --evaluate FILE        # k-NN and linear probe of such a file; for weights that are
-                                                              # torchvision's or the authors' add --set stem=imagenet
+    python -m papers.swav --scale full --evaluate FILE        # k-NN and linear probe of such a file, of torchvision's or the
+                                                              # authors' weights
 """
 import copy
 import dataclasses
@@ -60,7 +63,7 @@ from replicate import trainer
 PAPER = {
     "swav/knn20": (65.7, "the released network, in Caron et al. 2021", True),
     "swav/knn200": (None, "not in the paper", True),
-    "swav/linear": (75.3, "800 epochs", True),
+    "swav/linear": (75.3, "official README, 800 epochs", True),
     "swav/percent1": (53.9, "1 % of the labels", True),
     "swav/percent10": (70.2, "10 % of the labels", True),
     "swav/loss": (None, "end of training", True),
@@ -120,17 +123,17 @@ CLAIMS = [
     ("ten-percent", "swav/percent10", ">", "supervised/percent10", 0.0,
      "With 10 % of the labels SwAV beats training from scratch", "semi-supervised table"),
     ("epsilon-collapses", "ablation/epsilon0.5/loss", ">", "ablation/as-is/loss", 5.0,
-     "A large epsilon drives the loss towards ln K, by 5 % of it", "the method"),
+     "A large epsilon softens the codes: the loss is nearer to ln K, by 5 % of it", "the method"),
     ("epsilon-costs", "ablation/epsilon0.5/knn20", "<", "ablation/as-is/knn20", 5.0,
      "A large epsilon costs 5 points, k-NN", "the method"),
     ("equipartition", "ablation/no-equipartition/use", "<", "ablation/as-is/use", 20.0,
      "Without equipartition few prototypes are left in use", "the method"),
     ("prototypes-up", "ablation/prototypes-tenfold/knn20", "<", "ablation/as-is/knn20", -3.0,
-     "Ten times the prototypes add less than 3 points, k-NN", "appendix"),
+     "Ten times the prototypes add less than 3 points, k-NN", "the text: K from 3,000 to 100,000"),
     ("prototypes-down", "ablation/prototypes-tenfold/knn20", ">", "ablation/as-is/knn20", -3.0,
-     "Ten times the prototypes cost less than 3 points, k-NN", "appendix"),
+     "Ten times the prototypes cost less than 3 points, k-NN", "the text: K from 3,000 to 100,000"),
     ("queue", "ablation/small-batch-queue/knn20", ">", "ablation/small-batch/knn20", 0.0, "A queue helps a small batch",
-     "small-batch table"),
+     "ours"),
 ]
 
 # (file suffix, title, x axis, y axis, {line: [(x, row)] or (row, scalar)})
@@ -324,11 +327,11 @@ def distort_colors(images, strength, grey, generator):
 
 
 def blur(images, share, generator):
-    """(N,3,S,S) -> the same; a share of them blurred by a Gaussian of 0.1 to 2 pixels of a crop of 224 (official code)."""
+    """(N,3,S,S) -> the same; a share of them blurred by a Gaussian of 0.1 to 2 pixels (official code)."""
     count, _, side, _ = images.shape
     chosen, width = torch.rand(2, count, generator=generator, device=images.device)
-    sigma = torch.where(chosen < share, 0.1 + 1.9 * width, 1e-3) * side / 224
-    reach = min(math.ceil(6 * side / 224), side - 1)
+    sigma = torch.where(chosen < share, 0.1 + 1.9 * width, 1e-3)
+    reach = min(6, side - 1)
     weights = torch.exp(-(torch.arange(-reach, reach + 1, device=images.device) / sigma[:, None]).square() / 2)  # (N, k)
     weights = (weights / weights.sum(1, keepdim=True)).repeat_interleave(3, 0)
     planes = F.pad(images, (reach,) * 4, mode="replicate").flatten(0, 1)[None]  # (1, 3N, h, w)
@@ -486,8 +489,9 @@ class ClusteringNetwork(nn.Module):
 def load_encoder(run, path, stem):
     """-> Encoder from a checkpoint of ours, of torchvision's shape, or as SwAV's are published.
 
-    Prefixes ("module.", "encoder.", ...) and heads are dropped; network and width are read off the weights; the stem's stride and
-    pooling are not in them.  Raises InputError with one line that lists what is missing or does not fit.
+    Prefixes ("module.", "encoder.", ...) and heads are dropped; network and width are read off the weights; the stem's pooling is
+    not in them: that of `stem`, but the authors' and torchvision's networks, told by their heads, pool.  Raises InputError with
+    one line that lists what is missing or does not fit.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -495,14 +499,15 @@ def load_encoder(run, path, stem):
         raise trainer.InputError(f"{path} is no checkpoint of weights ({type(error).__name__})") from None
     for key in ("state_dict", "model"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    stems = [name for name in state if name.endswith("conv1.weight")] if isinstance(state, dict) else []
+    stems = [name for name in state if str(name).endswith("conv1.weight")] if isinstance(state, dict) else []
     trainer.require(stems, f"{path} holds no conv1.weight: not a ResNet")
     prefix = min(stems, key=len).removesuffix("conv1.weight")
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    published = "projection_head.0.weight" in state or bool(torch.as_tensor(state.get("fc.weight", 0)).any())  # ours have neither
     state = {name: tensor for name, tensor in state.items() if name.split(".")[0] in ("conv1", "bn1", *STAGES)}
     kernel, width = state["conv1.weight"].shape[-1], len(state["conv1.weight"]) / 64
     network = "resnet50" if "layer1.0.conv3.weight" in state else "resnet18" if "layer1.1.conv1.weight" in state else "resnet10"
-    if (STEMS[stem][0] == 3) != (kernel == 3):
+    if published or (STEMS[stem][0] == 3) != (kernel == 3):
         stem = "cifar" if kernel == 3 else "imagenet"
     encoder = Encoder(network, width, stem)
     try:
@@ -622,7 +627,9 @@ class LARS(torch.optim.Optimizer):
                 size, steepness, decay = p.norm(), p.grad.norm(), group["weight_decay"]
                 ratio = group["trust"] * size / (steepness + decay * size + 1e-8)
                 gradient = torch.where((size > 0) & (steepness > 0), (p.grad + decay * p) * ratio, p.grad)
-                buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                buffer = self.state[p]["momentum_buffer"]
                 p.sub_(group["lr"] * buffer.mul_(group["momentum"]).add_(gradient))
 
 
@@ -665,7 +672,7 @@ def pretrain(run, data, config, purpose):
     def objective(batch, step):
         images, numbers = batch
         views = run.augment(lambda part, generator: views_of(part, config, generator), images, "augment", step)
-        if config.method == "deepcluster" and (step == 0 or int(step / epoch) > int((step - 1) / epoch)):
+        if config.method == "deepcluster" and step * config.batch_size // len(split) > (step - 1) * config.batch_size // len(split):
             recluster(run, model, config, split, step)
         embeddings = model.embed(views)
         with torch.autocast(run.device.type, enabled=False):
@@ -688,9 +695,12 @@ def pretrain(run, data, config, purpose):
 def recluster(run, model, config, split, step):
     """DeepCluster-v2, at the start of every epoch: cluster the memory anew for each head; the first time fill it."""
     if step == 0:
+        start = split.take(range(min(len(split), 2000))) if run.plan else split
         model.eval()
-        model.memory.copy_(features_of(run, config, split, lambda images: model.project(model.encoder(images))).expand(2, -1, -1))
+        features = features_of(run, config, start, lambda images: model.project(model.encoder(images)))
+        model.memory[:, :len(features)] = features
         model.train()
+        torch.clear_autocast_cache()  # or the step would take the weights cast here, without gradient
     for head in range(HEADS):
         generator = run.stream(f"k-means {head}", step)
         with torch.autocast(run.device.type, enabled=False):
@@ -701,7 +711,8 @@ def recluster(run, model, config, split, step):
 
 
 def watch(model, config, purpose, scalars, guess, step, window, start):
-    """Raise TrainingFailed if over a window of steps the loss was within 1 % of a guess's or one prototype took 90 % of the crops.
+    """Raise TrainingFailed if over a window of steps, counted from `start`, the loss was within 1 % of a guess's or one prototype
+    took 90 % of the crops.
 
     The sums are part of the model, so that a resumed run sees the same; the device is waited for once a window."""
     with torch.no_grad():
@@ -753,7 +764,8 @@ def measures(run, model, config, kinds, train, test):
 def share_of_labels(labels, share, seed):
     """Indices of a share of every class, at least one of each, drawn by the seed."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).to(labels.device)
-    members = [order[labels[order] == label] for label in labels.unique()]
+    shuffled = labels[order]
+    members = [order[shuffled == label] for label in labels.unique()]
     return torch.cat([each[:max(1, round(share * len(each)))] for each in members]).sort().values
 
 
@@ -803,6 +815,10 @@ def evaluate(run, data):
                 networks[name] = pretrain(run, data, settings_of(config, name), name)
             else:
                 networks[name] = build(run, config), 0.0
+            if name == "random":
+                encoder = networks[name][0].encoder
+                with run.autocast():
+                    frozen.recalibrate(encoder, lambda images: encoder(whole(images, config)), data.train)
             if name == "checkpoint":
                 networks[name][0].encoder = load_encoder(run, config.checkpoint, config.stem)
         return networks[name]
@@ -835,8 +851,8 @@ def evaluate(run, data):
         for row in (name, *(f"{name}/{kind}" for kind in SHARES)):
             if row in PAPER:
                 frozen.record_accuracy(run, row, lambda: classifier(row), lambda images: whole(images, config), data)
-    if "swav" in networks and run.seed == 0 and run.rank == 0 and not run.plan:
-        figures(run, networks["swav"][0], data)
+        if name == "swav" and name in networks and run.seed == 0 and run.rank == 0 and not run.plan:
+            figures(run, networks[name][0], data)
 
 
 def figures(run, model, data):
@@ -859,9 +875,10 @@ def figures(run, model, data):
 def export(run, path):
     """Write the encoder of "swav" as torchvision's state dict, its last layer zero."""
     config = run.config
-    trainer.require(config.width == 1 and config.network != "resnet10", f"torchvision has no {config.network} of width "
-                    f"{config.width:g}: --set network=resnet18 --set width=1")
-    model, _ = pretrain(run, load_data(run), config, "swav")
+    trainer.require(config.width == 1 and config.network != "resnet10" and config.stem != "cifar",
+                    f"torchvision has no {config.network} of width {config.width:g} with stem {config.stem}: --set "
+                    "network=resnet18 --set width=1 --set stem=imagenet")
+    model, _ = pretrain(run, load_data(run), settings_of(config, "swav"), "swav")
     state = {**model.encoder.state_dict(), "fc.weight": torch.zeros(1000, model.encoder.channels), "fc.bias": torch.zeros(1000)}
     if run.rank == 0 and not run.plan:
         buffer = io.BytesIO()

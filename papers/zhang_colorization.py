@@ -22,6 +22,7 @@ Deviations
  8. AlexNet (scale paper): same crops, batch and schedule as the main network, targets at every fourth pixel, no k-means.
  9. Linear probes: logistic regression on maps of at most 4 x 4 (scale paper 2 x 2), of whole images, after pooling; the paper has
     about 9,000 features a layer, random crops and SGD.  The claims' block 4 was chosen beforehand, after the survey's best layer.
+    The random network's batch-norm statistics are those of 500 training images, so that it is normalised as the others are.
 10. Convolutions run in bfloat16 (--set precision=float32 for the original's); all else in float32.
 11. Left out: human judges (AMT), "L2, fine-tuned", PASCAL VOC, Places.
 12. Scale small: less training and a narrower network (see the YAML); values are not comparable, claims are.
@@ -736,8 +737,8 @@ def evaluate(run, data):
             if name in VARIANTS:
                 networks[name] = pretrain(run, data, settings_of(config, name), palette, name)
             elif name.endswith("random"):
-                kind = "alexnet" if name.startswith("alexnet") else "full"
-                networks[name] = build(run, settings_of(config, kind), palette.bins), 0.0
+                model = build(run, settings_of(config, "alexnet" if name.startswith("alexnet") else "full"), palette.bins)
+                networks[name] = frozen.recalibrate(model, frozen_maps(run, model, seen_by(False)), data.train), 0.0
             else:
                 networks[name] = supervised(name)[::2]
         return networks[name]

@@ -159,6 +159,21 @@ def block_probes(maps, train, test, wanted, cells=4, seed=0):
     return values
 
 
+@torch.no_grad()
+def recalibrate(module, forward, split, count=500):
+    """Set all batch-norm statistics to those of forward(images) on `count` images spread over a split of train; returns the
+    module, in eval mode.  So an untrained network is normalised as a trained one is, and one trained on patches sees whole
+    images as it saw patches."""
+    norms = [layer for layer in module.train().modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    momenta = [layer.momentum for layer in norms]
+    for layer in norms:
+        layer.momentum = 1.0
+    forward(next(split.batches([torch.linspace(0, len(split) - 1, min(count, len(split))).long()]))[0])
+    for layer, momentum in zip(norms, momenta):
+        layer.momentum = momentum
+    return module.eval()
+
+
 def record_probes(run, rows, network, data, cells=4):
     """Record those of the rows that are wanted, on one network, its features computed once, or row by row for streamed sets.
 
@@ -340,15 +355,12 @@ def scatter(points, colors, side=360):
 
 # A short-cut to put into images, for audits
 def resampling_matrix(size, scale):
-    """(size, size): linear interpolation at positions scaled about the middle, held at the borders."""
+    """(size, size): interpolation at positions scaled about the middle, by Lanczos kernels of three pixels to either side, since
+    linear interpolation blurs, and more in some places than in others."""
     positions = ((torch.arange(size) - (size - 1) / 2) / scale + (size - 1) / 2).clamp(0, size - 1)
-    below = positions.floor().clamp(max=size - 2).long()
-    weight = positions - below
-    matrix = torch.zeros(size, size)
-    rows = torch.arange(size)
-    matrix[rows, below] = 1 - weight
-    matrix[rows, below + 1] += weight
-    return matrix
+    distances = positions[:, None] - torch.arange(size)
+    weights = torch.sinc(distances) * torch.sinc(distances / 3) * (distances.abs() < 3)
+    return weights / weights.sum(1, keepdim=True)
 
 
 def add_fringes(images, amount):

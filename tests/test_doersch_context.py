@@ -64,10 +64,23 @@ def test_patches_lie_where_their_corners_say(side, patch, gap, jitter):
 
 
 def test_paper_geometry_leaves_at_least_34_pixels():
-    assert context.Config.gap == 15 and 48 - 2 * 7 == 34
-    assert some_config(image_size=448, patch=96, gap=48, jitter=7).patch == 96
+    config = trainer.resolve_config(context.Config, SETTINGS, "paper")
+    assert (config.patch, config.gap, config.jitter) == (96, 48, 7) and config.gap - 2 * config.jitter == 34
     with pytest.raises(ValueError, match="need 92"):
         context.cut_patches(some_images(size=90), 22, 11, 2, generator())
+
+
+def test_patches_stay_inside_at_any_size_that_has_room():
+    for number in range(60):
+        patch, gap, jitter, spare = (int(each) for each in torch.randint(1, 20, (4,), generator=generator(number)))
+        side = 3 * patch + 2 * gap + 2 * jitter + spare - 1
+        image = torch.arange(side * side).view(1, 1, side, side)
+        patches, corners = context.cut_patches(image.expand(5, -1, -1, -1), patch, gap, jitter, generator(number))
+        assert corners.min() >= 0 and corners.max() + patch <= side
+        assert torch.equal(patches[..., 0, -1, -1], (corners[..., 0] + patch - 1) * side + corners[..., 1] + patch - 1)
+        signs = (corners - corners[:, 4:5]).sign() if gap + patch > 2 * jitter else None
+        for place in (0, 2, 6, 8) if signs is not None else ():  # the label says where it lies, jitter or not
+            assert (signs[:, place] == torch.tensor([place // 3 - 1, place % 3 - 1])).all()
 
 
 def test_pairs_hold_the_centre_and_every_answer_is_equally_frequent():
@@ -80,6 +93,8 @@ def test_pairs_hold_the_centre_and_every_answer_is_equally_frequent():
         assert 4 in (a, b)
         down, right = b // 3 - a // 3, b % 3 - a % 3
         assert context.neighbor_position(1 + down, 1 + right) == position
+    alone = context.pairs_with_centre(embeddings, both=False)
+    assert torch.equal(alone[1][:, 0] % 9, torch.tensor([0.0, 1, 2, 3, 5, 6, 7, 8] * 2)) and (alone[0] % 9 == 4).all()
     loss = context.position_loss(torch.zeros(32, 8), positions)
     assert float(loss["loss"]) == pytest.approx(math.log(8), abs=1e-6) and float(loss["accuracy"]) == 0.125
 
@@ -107,7 +122,7 @@ def test_dropping_keeps_one_channel_and_leaves_noise_in_the_others():
     assert float((noise.view(-1, 2) / kept[:, None]).max()) < 1 / 50
     original = centred[~same]
     correlation = (dropped[~same] * original).mean((-2, -1)) / (noise * original.std((-2, -1)))
-    assert float(correlation.mean().abs()) < 0.02
+    assert float(correlation.abs().mean()) < 0.06  # about 0.036 for 484 independent pixels, whatever the sign
 
 
 def test_contrast_is_removed_and_flat_patches_stay_finite():
@@ -244,7 +259,7 @@ def test_every_kind_of_row_runs_and_keeps_to_deterministic_operations(tmp_path, 
         "random/retrieval", "supervised/retrieval", "context/finetuned/labels5", "audit/aberration/position-accuracy",
         "audit/aberration/conv4/linear", "audit/one-patch/position-accuracy"))
     arguments = ["--scale", "smoke", "--data", str(tmp_path), *folders]
-    for setting in ("dataset=stl10", "image_size=96", "pretext_epochs=1", "audit_epochs=0.5", "supervised_epochs=0.5"):
+    for setting in ("dataset=stl10", "image_size=96", "pretext_epochs=1", "audit_epochs=0.5", "supervised_epochs=0.5", "label_epochs=0.5"):
         arguments += ["--set", setting]
     assert context.main(arguments) == 0
     assert len(graphs) > 10 and not graphs.offenders()

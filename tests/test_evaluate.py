@@ -141,7 +141,22 @@ def test_fringes_magnify_green_alone():
     torch.testing.assert_close(evaluate.add_fringes(images, 0.0), images)
     ramp = torch.arange(41.0).expand(1, 3, 41, 41)
     green = evaluate.add_fringes(ramp, 0.1)[0, 1, 20]
-    assert float(green[20]) == pytest.approx(20, abs=1e-4) and float(green[40]) == pytest.approx(20 + 20 / 1.1, abs=1e-3)
+    assert float(green[20]) == pytest.approx(20, abs=1e-4) and float(green[33]) == pytest.approx(20 + 13 / 1.1, abs=0.05)
+    waves = torch.sin(torch.arange(96) * 0.9).expand(1, 3, 96, 96)  # a wave of seven pixels is moved, not blurred
+    moved = evaluate.add_fringes(waves, 0.02)[0, 1, 48]
+    assert all(float(part.abs().max()) > 0.97 for part in moved[4:-4].split(8))
+
+
+def test_recalibrated_batch_norm_has_the_statistics_of_train():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5, affine=False))
+    images = torch.randn(300, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 7 + 3
+    out = []
+    assert evaluate.recalibrate(model, model, Resident(images, torch.zeros(300))) is model and not model.training
+    with torch.no_grad():
+        out = model(images)
+    assert float(out.mean((0, 2, 3)).abs().max()) < 1e-4
+    torch.testing.assert_close(out.std((0, 2, 3)), torch.ones(5), atol=1e-3, rtol=0)
+    assert [layer.momentum for layer in model if isinstance(layer, nn.BatchNorm2d)] == [0.1, 0.1]
 
 
 def test_mirror_and_shift_moves_whole_images_by_at_most_an_eighth():

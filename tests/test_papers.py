@@ -10,10 +10,16 @@ from replicate import report, trainer
 PAPERS = sorted(path.stem for path in (trainer.ROOT / "papers").glob("*.yaml"))
 
 
+ALWAYS = {"moons_epochs", "linear_epochs"}  # the toy, and ImageNet only: as cheap at every scale, or never run
+
+
 @pytest.mark.parametrize("paper", PAPERS)
 def test_every_scale_resolves_to_a_config_and_known_rows(paper):
     script, settings = importlib.import_module(f"papers.{paper}"), trainer.ROOT / "papers" / f"{paper}.yaml"
     blocks = yaml.safe_load(settings.read_text())
+    for scale in ("smoke", "small"):  # a default meant for a GPU would take hours
+        assert {name for name in vars(trainer.resolve_config(script.Config, settings, scale)) if name.endswith("_epochs")} \
+            <= set(blocks[scale]) | ALWAYS
     assert set(trainer.SCALES) <= set(blocks) <= {scale + suffix for scale in trainer.SCALES for suffix in ("", "-embedded")}
     for scale in trainer.SCALES:
         config = trainer.resolve_config(script.Config, settings, scale)
