@@ -44,6 +44,19 @@ def two_ranks():
 
 
 @pytest.fixture
+def one_and_two_ranks(tmp_path, two_ranks):
+    """run(script, *options): {phase: (its weights after a run on one rank, on two)}."""
+    def run(script, *options):
+        assert script.main([*options, "--results", str(tmp_path / "one"), "--runs", str(tmp_path / "r1"), "--device", "cpu"]) == 0
+        two_ranks(Path(script.__file__).stem, *options, "--results", str(tmp_path / "two"), "--runs", str(tmp_path / "r2"))
+        one, two = ({path.stem: torch.load(path, weights_only=True)["model"] for path in (tmp_path / runs).rglob("*.pt")}
+                    for runs in ("r1", "r2"))
+        assert one.keys() == two.keys()
+        return {phase: (weights, two[phase]) for phase, weights in one.items()}
+    return run
+
+
+@pytest.fixture
 def folders(tmp_path):
     """Options that keep a run's results and checkpoints inside the test's own folder."""
     return ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]

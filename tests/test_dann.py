@@ -328,19 +328,16 @@ def test_discrepancies_are_computed_in_full_precision(tmp_path):
     assert seen == pytest.approx([float(dann.maximum_mean_discrepancy(own, other)), float(dann.coral_loss(own, other))], rel=1e-4)
 
 
-def test_two_ranks_equal_one(tmp_path, two_ranks):
+def test_two_ranks_equal_one(tmp_path, one_and_two_ranks):
     """MMD and CORAL are no means over samples, so each rank needs the features of all."""
-    options = ["--scale", "smoke", "--rows", f"{PAIR}/dann,{PAIR}/mmd,{PAIR}/coral", "--set", "steps=4", "--set", "precision=float32",
-               "--set", "rate=0.05"]
-    assert dann.main([*options, "--results", str(tmp_path / "one"), "--runs", str(tmp_path / "r1"), "--device", "cpu"]) == 0
-    two_ranks("dann", *options, "--results", str(tmp_path / "two"), "--runs", str(tmp_path / "r2"))
+    phases = one_and_two_ranks(dann, "--scale", "smoke", "--rows", f"{PAIR}/dann,{PAIR}/mmd,{PAIR}/coral", "--set", "steps=4",
+                               "--set", "precision=float32", "--set", "rate=0.05")
     untrained = dann.build(some_run(tmp_path), PAIR, some_domains()).state_dict()
-    for method in ("dann", "mmd", "coral"):
-        (first,), (second,) = (list(path.rglob(f"*_{method}.pt")) for path in (tmp_path / "r1", tmp_path / "r2"))
-        first, second = (torch.load(path, weights_only=True) for path in (first, second))
-        moved = max(float((first["model"][name] - start).abs().max()) for name, start in untrained.items())
-        for name, tensor in first["model"].items():
-            torch.testing.assert_close(second["model"][name], tensor, atol=moved / 1000, rtol=0, msg=lambda m: f"{method} {name}: {m}")
+    assert len(phases) == 3
+    for phase, (one, two) in phases.items():
+        moved = max(float((one[name] - start).abs().max()) for name, start in untrained.items())
+        for name, tensor in one.items():
+            torch.testing.assert_close(two[name], tensor, atol=moved / 1000, rtol=0, msg=lambda m: f"{phase} {name}: {m}")
         assert moved > 1e-3
 
 

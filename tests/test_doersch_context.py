@@ -259,7 +259,8 @@ def test_every_kind_of_row_runs_and_keeps_to_deterministic_operations(tmp_path, 
         "random/retrieval", "supervised/retrieval", "context/finetuned/labels5", "audit/aberration/position-accuracy",
         "audit/aberration/conv4/linear", "audit/one-patch/position-accuracy"))
     arguments = ["--scale", "smoke", "--data", str(tmp_path), *folders]
-    for setting in ("dataset=stl10", "image_size=96", "pretext_epochs=1", "audit_epochs=0.5", "supervised_epochs=0.5", "label_epochs=0.5"):
+    for setting in ("dataset=stl10", "image_size=96", "pretext_epochs=1", "audit_epochs=0.5", "supervised_epochs=0.5",
+                    "label_epochs=0.5"):
         arguments += ["--set", setting]
     assert context.main(arguments) == 0
     assert len(graphs) > 10 and not graphs.offenders()
@@ -272,3 +273,13 @@ def test_every_kind_of_row_runs_and_keeps_to_deterministic_operations(tmp_path, 
     encoder = context.PatchEncoder("alexnet", 0.05, 96)
     encoder(torch.rand(4, 3, 96, 96)).sum().backward()
     assert len(graphs) == 1 and not graphs.offenders()
+
+
+def test_two_ranks_equal_one(tmp_path, one_and_two_ranks):
+    """Patches and answers are drawn by shards, batch-norm spans the ranks: four steps end at the same weights."""
+    ((one, two),) = one_and_two_ranks(context, "--scale", "smoke", "--rows", "context/position-accuracy", "--set", "precision=float32",
+                                      "--set", "pretext_epochs=0.013").values()
+    start = context.build(some_run(tmp_path), some_config()).state_dict()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-3, rtol=1e-2, msg=lambda m: f"{name}: {m}")
+    assert max(float((one[name] - tensor).abs().max()) for name, tensor in start.items() if name.endswith("weight")) > 0.01

@@ -358,16 +358,12 @@ def test_every_kind_of_row_runs_and_keeps_to_deterministic_operations(tmp_path, 
     assert {f"zhang_colorization_{name}.png" for name in ("pictures", "temperature", "best_and_worst", "bins")} <= names
 
 
-def test_two_ranks_equal_one(tmp_path, two_ranks):
-    options = ["--scale", "smoke", "--rows", "full/auc-raw", "--set", "precision=float32", "--set", "pretext_epochs=0.02", "--set",
-               "rescaled=true"]
-    assert zhang.main([*options, "--results", str(tmp_path / "one"), "--runs", str(tmp_path / "r1"), "--device", "cpu"]) == 0
-    two_ranks("zhang_colorization", *options, "--results", str(tmp_path / "two"), "--runs", str(tmp_path / "r2"))
-    (first,), (second,) = (list((tmp_path / runs).rglob("full.pt")) for runs in ("r1", "r2"))
-    first, second = (torch.load(path, weights_only=True)["model"] for path in (first, second))
+def test_two_ranks_equal_one(one_and_two_ranks):
+    ((one, two),) = one_and_two_ranks(zhang, "--scale", "smoke", "--rows", "full/auc-raw", "--set", "precision=float32", "--set",
+                                      "pretext_epochs=0.02", "--set", "rescaled=true").values()
     for name in ("blocks.0.0.weight", "blocks.6.0.weight", "head.0.weight"):
-        torch.testing.assert_close(second[name], first[name], atol=2e-3, rtol=1e-2)  # Adam's steps are 1e-3 whatever the gradient
-    assert float(first["head.4.weight"].abs().max()) > 1e-3  # zero before
+        torch.testing.assert_close(two[name], one[name], atol=2e-3, rtol=1e-2)  # Adam's steps are 1e-3 whatever the gradient
+    assert float(one["head.4.weight"].abs().max()) > 1e-3  # zero before
 
 
 # Use
