@@ -351,11 +351,13 @@ def test_every_kind_of_row_runs_and_keeps_to_deterministic_operations(tmp_path, 
     assert len(graphs) == 1 and not graphs.offenders()
 
 
-def test_two_ranks_equal_one(tmp_path, one_and_two_ranks):
+def test_two_ranks_equal_one(tmp_path, one_and_two_ranks, write_packed):
     """Patches and answers are drawn by shards, batch-norm spans the ranks: four steps end at the same weights."""
-    ((one, two),) = one_and_two_ranks(jigsaw, "--scale", "smoke", "--rows", "jigsaw/puzzle-accuracy", "--set", "precision=float32",
-                                      "--set", "pretext_epochs=0.013").values()
+    write_packed(tmp_path, "stl10", 108, 20, (96, 96, 3))
+    ((one, two),) = one_and_two_ranks(jigsaw, "--scale", "smoke", "--data", str(tmp_path), "--rows", "jigsaw/puzzle-accuracy",
+                                      "--set", "dataset=stl10", "--set", "image_size=96", "--set", "precision=float32",
+                                      "--set", "pretext_epochs=2").values()
     start = jigsaw.build(some_run(tmp_path), some_config()).state_dict()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-3, rtol=1e-2, msg=lambda m: f"{name}: {m}")
-    assert max(float((one[name] - tensor).abs().max()) for name, tensor in start.items() if name.endswith("weight")) > 0.01
+    assert max(float((one[name] - tensor).abs().max()) for name, tensor in start.items() if name.endswith("weight")) > 0.004
