@@ -848,7 +848,7 @@ def load_colorizer(path, device):
         number, width, regression, side = state["architecture"].tolist()
         model = ColorizationNetwork(KINDS[int(number)], width, state["bins"],
                                     "l2" if regression else "classification")
-        model.load_state_dict(state)
+        model.load_state_dict(state, assign=True)
     except Exception as error:  # rubbish can make torch.load raise nearly anything
         raise trainer.InputError(f"{path} is no checkpoint of a colorization network ({type(error).__name__})") from None
     return model.to(device, memory_format=torch.channels_last).eval(), int(side)
@@ -866,8 +866,8 @@ def colorize(model, picture, side, temperature=0.38):
     small = picture.resize([max(16, round(length * scale / 16) * 16) for length in picture.size], Image.BILINEAR)
     lab, pixels = lab_of(pil_to_tensor(small)[None].to(device)), pil_to_tensor(picture)
     ab = colors_of(model, model((lab[:, :1] - 50).contiguous(memory_format=torch.channels_last)), temperature)
-    for top in range(0, pixels.shape[1], 256):  # strip by strip and in place, so that large pictures take little memory
-        rows = slice(top, top + 256)
+    for top in range(0, pixels.shape[1], 64):  # strip by strip and in place, so that large pictures take little memory
+        rows = slice(top, top + 64)
         lightness = lab_of(pixels[None, :, rows].to(device))[:, :1]
         made = lab_to_rgb(torch.cat([lightness, enlarge(ab, lab.shape[-2:], pixels.shape[-2:], rows)], 1))
         pixels[:, rows] = (made[0] * 255).round().byte().cpu()

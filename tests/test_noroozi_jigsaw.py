@@ -82,9 +82,9 @@ def test_permutations_follow_the_seed():
 
 def test_a_thousand_permutations_take_seconds():
     jigsaw.hamming_permutations.cache_clear()
-    start = time.perf_counter()
+    start = time.process_time()
     permutations = jigsaw.hamming_permutations(1000)
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
     assert len(permutations.unique(dim=0)) == 1000 and int(hamming_distances(permutations).min()) >= 3
 
 

@@ -77,15 +77,15 @@ def test_help_lists_the_commands():
 
 
 def test_a_script_that_is_added_is_found(clone):
-    (clone / "papers" / "seventh.py").write_text("raise SystemExit(3)\n")
-    (clone / "papers" / "seventh.yaml").write_text("smoke:\n")
+    (clone / "papers" / "zz_seventh.py").write_text("raise SystemExit(3)\n")
+    (clone / "papers" / "zz_seventh.yaml").write_text("smoke:\n")
     try:
         result = run_all("smoke", *QUICK[1:], folder=clone)  # no paper named: it takes all that it finds
-        assert result.returncode == 3 and result.stderr.strip().endswith("seventh (seed 0)")
+        assert result.returncode == 3 and result.stderr.strip().endswith("zz_seventh (seed 0)")
         assert "gidaris_rotation" in result.stdout  # a failing paper does not stop the others
     finally:
-        (clone / "papers" / "seventh.py").unlink()
-        (clone / "papers" / "seventh.yaml").unlink()
+        (clone / "papers" / "zz_seventh.py").unlink()
+        (clone / "papers" / "zz_seventh.yaml").unlink()
 
 
 def test_options_with_equal_signs_and_the_device_reach_the_choice(clone, tmp_path):
