@@ -200,7 +200,8 @@ def require_room(config, side, what):
     """Raise InputError, naming the patch that would fit, unless images of `side` pixels hold the grid and its jitter."""
     extra = 2 * config.gap + 2 * config.jitter
     trainer.require(side >= 3 * config.patch + extra, f"{what} {side}: three patches of {config.patch}, two gaps of {config.gap} "
-                    f"and jitter {config.jitter} need {3 * config.patch + extra} pixels; patch={max(0, (side - extra) // 3)} would fit")
+                    f"and jitter {config.jitter} need {3 * config.patch + extra} pixels; "
+                    f"patch={max(0, (side - extra) // 3)} would fit")
 
 
 # Data: the test split is only ever counted on
@@ -537,20 +538,17 @@ def evaluate(run, data):
                 networks[name] = pretrain(run, data, settings_of(config, name), config.audit_epochs, f"audit/{name}")
         return networks[name]
 
-    def pretext(row, name, settings, epochs, purpose):
-        if run.wanted(row):
-            model, seconds = network(name)
-            value, own = run.measure(lambda test: position_accuracy(run, model, settings, test), data.test)
-            run.record(row, value, steps=trainer.updates(epochs, data.unlabeled, config.batch_size), seconds=seconds + own,
-                       history=run.history.get(purpose))
+    def pretext(row, name, settings, epochs, phase):
+        frozen.record_measure(run, row, lambda: network(name),
+                              lambda model, test: position_accuracy(run, model, settings, test), data.test,
+                              steps=trainer.updates(epochs, data.unlabeled, config.batch_size), phase=phase)
 
     def probes(prefix, name, settings):
         """All plain probes of one network."""
-        rows = {row: (int(row[len(prefix) + 5]), row.split("/")[-1]) for row in PAPER if row.startswith(f"{prefix}/conv")}
         def maps():
             model, seconds = network(name)
             return frozen_maps(run, model.encoder, settings, data.train), seconds
-        frozen.record_probes(run, rows, maps, data, config.probe_cells)
+        frozen.record_probes(run, frozen.probe_rows(PAPER, prefix), maps, data, config.probe_cells)
 
     def classifier(row, start, rate, epochs):
         """Trained on labels from the untrained network or from context's."""
@@ -561,10 +559,8 @@ def evaluate(run, data):
     pretext("context/position-accuracy", "context", config, config.pretext_epochs, "context")
     for name in ("context", "random", "supervised"):
         probes(name, name, config)
-        if run.wanted(f"{name}/retrieval"):
-            model, seconds = network(name)
-            value, own = run.measure(lambda test: retrieval(run, model.encoder, test), data.test)
-            run.record(f"{name}/retrieval", value, steps=0, seconds=seconds + own)
+        frozen.record_measure(run, f"{name}/retrieval", lambda: network(name),
+                              lambda model, test: retrieval(run, model.encoder, test), data.test)
     for name, start, rate in (("supervised", "random", config.supervised_rate),
                               ("context/finetuned", "context", config.finetune_rate)):
         for row in (name, *(f"{name}/labels{count}" for count in LABELS)):

@@ -560,20 +560,17 @@ def evaluate(run, data):
                 networks[name] = pretrain(run, data, settings_of(config, name), config.audit_epochs, f"audit/{name}")
         return networks[name]
 
-    def pretext(row, name, settings, epochs, purpose):
-        if run.wanted(row):
-            model, seconds = network(name)
-            value, own = run.measure(lambda test: puzzle_accuracy(run, model, settings, test), data.test)
-            run.record(row, value, steps=trainer.updates(epochs, data.unlabeled, config.batch_size), seconds=seconds + own,
-                       history=run.history.get(purpose))
+    def pretext(row, name, settings, epochs, phase):
+        frozen.record_measure(run, row, lambda: network(name),
+                              lambda model, test: puzzle_accuracy(run, model, settings, test), data.test,
+                              steps=trainer.updates(epochs, data.unlabeled, config.batch_size), phase=phase)
 
     def probes(prefix, name, settings):
         """All plain probes of one network."""
-        rows = {row: (int(row[len(prefix) + 5]), row.split("/")[-1]) for row in PAPER if row.startswith(f"{prefix}/conv")}
         def maps():
             model, seconds = network(name)
             return frozen_maps(run, model.encoder, settings, data.train), seconds
-        frozen.record_probes(run, rows, maps, data, config.probe_cells)
+        frozen.record_probes(run, frozen.probe_rows(PAPER, prefix), maps, data, config.probe_cells)
 
     def classifier(row, start, rate, epochs):
         """Trained on labels from the untrained network or from jigsaw's."""

@@ -774,25 +774,23 @@ def evaluate(run, data):
         models = {name: network(name)[0] for name in ("l2", "class", "full") if run.value(f"{name}/auc-raw") is not None}
         if run.rank == 0:  # those that an earlier start has trained are read
             figures(run, models, palette, data)
-    for name in ("prior", "class", "full"):
-        if run.wanted(f"{name}/cross-entropy"):
-            model, seconds = network(name) if name != "prior" else (None, 0.0)
-            score = (lambda lab: scores_of(run, model, lab)) if model else prior_scores(palette)
-            value, own = run.measure(lambda test: cross_entropy(score, config, palette, test), data.test)
-            run.record(f"{name}/cross-entropy", value, steps=steps * (name in VARIANTS), seconds=seconds + own, metric="nats",
-                       history=run.history.get(name))
+    frozen.record_measure(run, "prior/cross-entropy", lambda: (prior_scores(palette), 0.0),
+                          lambda score, test: cross_entropy(score, config, palette, test), data.test, metric="nats")
+    for name in ("class", "full"):
+        frozen.record_measure(
+            run, f"{name}/cross-entropy", lambda: network(name),
+            lambda model, test: cross_entropy(lambda lab: scores_of(run, model, lab), config, palette, test), data.test,
+            steps=steps, metric="nats", phase=name)
     for name in ("truth", "grey", "random-colors", "l2", "class", "full"):
-        if run.wanted(f"{name}/semantic"):
+        def both():
             (color, seconds), (classifier, before) = colorizer(name), network("supervised-color")
-            value, own = run.measure(lambda test: semantic_accuracy(run, classifier, color, test), data.test)
-            run.record(f"{name}/semantic", value, steps=0, seconds=seconds + before + own)
+            return (classifier, color), seconds + before
+        frozen.record_measure(run, f"{name}/semantic", both, lambda pair, test: semantic_accuracy(run, *pair, test), data.test)
     for name in ("full", "random", "supervised-l", "supervised-color", "alexnet", "alexnet-random"):
-        rows = {row: (int(row.split("/")[1][5:]), row.split("/")[2]) for row in PAPER if row.startswith(f"{name}/block")}
-
         def maps():
             model, seconds = network(name)
             return frozen_maps(run, getattr(model, "encoder", model), seen_by(name == "supervised-color")), seconds
-        frozen.record_probes(run, rows, maps, data, config.probe_cells)
+        frozen.record_probes(run, frozen.probe_rows(PAPER, name), maps, data, config.probe_cells)
     for name, train in (("supervised-color", supervised), ("supervised-l", supervised), ("full/finetuned", finetuned)):
         for row in (name, *(f"{name}/labels{count}" for count in LABELS)):
             if row in PAPER:

@@ -193,6 +193,20 @@ def record_probes(run, rows, network, data, cells=4):
             run.record(row, values.get(pair), steps=0, seconds=seconds + own)
 
 
+def probe_rows(rows, prefix):
+    """{row: (block, kind)} for record_probes: those of the rows named prefix/<layer><block>/<kind>, such as prefix/conv4/knn."""
+    parts = {row: row.removeprefix(f"{prefix}/").split("/") for row in rows if row.startswith(f"{prefix}/")}
+    return {row: (int(part[0][-1]), part[1]) for row, part in parts.items() if len(part) == 2 and part[0][-1].isdigit()}
+
+
+def record_measure(run, row, network, function, test, *, steps=0, metric="accuracy", phase=None):
+    """Record function(module, test) if the row is wanted; network() -> (module, seconds it cost), phase: whose learning curves."""
+    if run.wanted(row):
+        module, seconds = network()
+        value, own = run.measure(lambda test: function(module, test), test)
+        run.record(row, value, steps=steps, seconds=seconds + own, metric=metric, history=run.history.get(phase))
+
+
 def labels_of(row):
     """The labels a class that a row ending in /labels<count> may use; None: all."""
     count = row.rsplit("/", 1)[-1].removeprefix("labels")

@@ -184,3 +184,9 @@ def test_a_plan_needs_no_labels(tmp_path):
     rows = {"x/block1/linear": (1, "linear"), "x/block1/labels700": (1, "labels700")}
     evaluate.record_probes(run, rows, lambda: (lambda images: [images], 0.0), ImageSet("x", split, split, 4))
     assert not run.records and not list(tmp_path.iterdir())
+
+
+def test_rows_name_their_blocks():
+    rows = ["a/conv4/linear", "a/conv1/labels5", "a/finetuned/labels5", "a/loss", "ab/conv2/knn", "audit/a/block3/linear", "a"]
+    assert evaluate.probe_rows(rows, "a") == {"a/conv4/linear": (4, "linear"), "a/conv1/labels5": (1, "labels5")}
+    assert evaluate.probe_rows(rows, "audit/a") == {"audit/a/block3/linear": (3, "linear")}
