@@ -50,7 +50,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.utils import save_image
@@ -370,8 +369,8 @@ def sinkhorn(scores, epsilon=0.05, iterations=3):
     """
     log_codes = scores.float() / epsilon
     for _ in range(iterations):
-        log_codes = log_codes - over_ranks(log_codes.amax(0), dist.ReduceOp.MAX)
-        log_codes = log_codes - over_ranks(log_codes.exp().sum(0)).log()
+        log_codes = log_codes - trainer.over_ranks(log_codes.amax(0), dist.ReduceOp.MAX)
+        log_codes = log_codes - trainer.over_ranks(log_codes.exp().sum(0)).log()
         log_codes = log_codes.log_softmax(1)
     return log_codes.softmax(1)
 
@@ -528,14 +527,14 @@ def swav_loss(model, embeddings, numbers, config, learned, queued):
         model.normalize_prototypes()
     prototypes = model.prototypes.weight if learned else model.prototypes.weight.detach()
     scores = [F.linear(z, prototypes) for z in embeddings]  # (B, K)
-    codes, rank, ranks = [], *rank_and_ranks()
+    codes, rank, ranks = [], *trainer.rank_and_ranks()
     with torch.no_grad():
         for view in range(2):
             past = model.queue.read(view, rank, ranks) if model.queue else embeddings[view][:0]
             rows = torch.cat([F.linear(past, prototypes), scores[view]])
             codes.append(sinkhorn(rows, config.epsilon, config.iterations)[len(past):])
         if model.queue and queued:
-            model.queue.push(torch.stack([of_all_ranks(z) for z in embeddings[:2]]))
+            model.queue.push(torch.stack([trainer.rows_of_all_ranks(z) for z in embeddings[:2]]))
     return swapped_prediction_loss(scores, codes, config.temperature), scores
 
 
@@ -546,14 +545,14 @@ def deepcluster_loss(model, embeddings, numbers, config, learned, queued):
         clusters = (model.memory[head % 2, numbers] @ centroids.T).argmax(1)
         losses += [F.cross_entropy(F.linear(z, centroids) / config.temperature, clusters) for z in embeddings]
     with torch.no_grad():
-        model.memory[:, of_all_ranks(numbers)] = torch.stack([of_all_ranks(z) for z in embeddings[:2]])
+        model.memory[:, trainer.rows_of_all_ranks(numbers)] = torch.stack([trainer.rows_of_all_ranks(z) for z in embeddings[:2]])
     return torch.stack(losses).mean(), [F.linear(z.detach(), model.centroids[0]) for z in embeddings]
 
 
 def simclr_loss(model, embeddings, numbers, config, learned, queued):
     """Each view has to tell the large crops of its own image from those of all others (NT-Xent)."""
-    large = [of_all_ranks(z) for z in embeddings[:2]]  # (B of all ranks, D)
-    rank, _ = rank_and_ranks()
+    large = [trainer.rows_of_all_ranks(z) for z in embeddings[:2]]  # (B of all ranks, D)
+    rank, _ = trainer.rank_and_ranks()
     count, losses = len(embeddings[0]), []
     own = torch.arange(len(large[0]), device=large[0].device) == torch.arange(count, device=large[0].device)[:, None] + rank * count
     for v, z in enumerate(embeddings):
@@ -588,26 +587,9 @@ def use_of_prototypes(scores):
     """Scores (N,K) -> (entropy in nats, largest share) of how often each prototype is the nearest, on all ranks."""
     counts = torch.zeros(scores.shape[1], device=scores.device)
     counts.index_add_(0, scores.argmax(1), torch.ones(len(scores), device=scores.device))
-    share = over_ranks(counts)
+    share = trainer.over_ranks(counts)
     share = share / share.sum()
     return -torch.special.xlogy(share, share).sum(), share.max()
-
-
-# Ranks
-def rank_and_ranks():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def over_ranks(tensor, operation=dist.ReduceOp.SUM):
-    """The tensor, in place, summed over the ranks."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, operation)
-    return tensor
-
-
-def of_all_ranks(rows):
-    """The rows of all ranks; gradients flow back to each rank's own."""
-    return torch.cat(all_gather(rows.contiguous())) if dist.is_initialized() else rows
 
 
 # Optimisation
@@ -677,7 +659,7 @@ def pretrain(run, data, config, purpose):
         embeddings = model.embed(views)
         with torch.autocast(run.device.type, enabled=False):
             loss, scores = METHODS[config.method](model, embeddings, numbers, config, step >= frozen_steps, step >= queue_start)
-        everyone = over_ranks(loss.detach().clone()) / run.ranks
+        everyone = trainer.over_ranks(loss.detach().clone()) / run.ranks
         scalars = {"loss": loss + (everyone - loss.detach())}  # logged for all ranks, its gradient this rank's own
         if scores:
             scalars["entropy"], scalars["largest"] = use_of_prototypes(torch.cat(scores[:2]))

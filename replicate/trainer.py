@@ -492,6 +492,23 @@ def average_gradients(parameters):
         gradient.copy_(mean.view_as(gradient))
 
 
+def rank_and_ranks():
+    """(this rank, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def over_ranks(tensor, operation=dist.ReduceOp.SUM):
+    """The tensor, in place, summed over the ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, operation)
+    return tensor
+
+
+def rows_of_all_ranks(rows):
+    """The rows of all ranks; gradients flow back to each rank's own."""
+    return torch.cat(dist_functional.all_gather(rows.contiguous())) if dist.is_initialized() else rows
+
+
 class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Training statistics over the batches of all ranks, for the CPU: torch's SyncBatchNorm takes GPU tensors only."""
 
