@@ -32,6 +32,17 @@ def write_folder(root, classes=("cat", "dog"), counts=(6, 4), size=(40, 36), par
     return root
 
 
+@pytest.fixture(scope="session")
+def smooth_noise():
+    """smooth_noise(reach): (900,3,124,124) uint8, grey noise whose pixels go together up to `reach` pixels apart."""
+    def make(reach):
+        side = 124 + reach
+        noise = torch.randn(900, 1, side, side, generator=torch.Generator().manual_seed(2))
+        smooth = torch.nn.functional.avg_pool2d(noise, reach + 1, 1) * (reach + 1)  # deviation 1
+        return (128 + 40 * smooth).clamp(0, 255).byte().expand(-1, 3, -1, -1).contiguous()
+    return make
+
+
 @pytest.fixture
 def two_ranks():
     """two_ranks(paper, *options): the script under torchrun with two processes on the CPU; fails unless it ends well."""

@@ -207,6 +207,9 @@ def test_images_too_small_for_the_patches_get_one_line(tmp_path, write_packed, m
 
 
 # Short training
+CHANCE = 4 * 100 * math.sqrt(0.125 * 0.875 / 300 / 8)  # how far chance may be off 12.5 %: 16 pairs of an image, two and two alike
+
+
 def train(images, steps, variant="as-is", **settings):
     """(accuracy on 300 held-out images in percent) after a few real steps of pre-training."""
     import tempfile
@@ -224,7 +227,21 @@ def train(images, steps, variant="as-is", **settings):
 def test_noise_teaches_nothing(variant):
     """Leak test: patches of white noise do not tell where they lie."""
     accuracy = train(some_images(900, seed=1), 40, variant)
-    assert abs(accuracy - 12.5) < 4 * 100 * math.sqrt(0.125 * 0.875 / 300 / 8)  # 16 pairs of an image, two and two alike
+    assert abs(accuracy - 12.5) < CHANCE
+
+
+def test_the_gap_stops_textures_that_run_on(smooth_noise):
+    """Leak detector: smooth noise tells the place where patches touch, not where they are farther apart than it reaches."""
+    images, settings = smooth_noise(24), {"image_size": 124, "jitter": 0, "normalization": "false", "colors": "all", "pixelation": 0}
+    assert train(images, 150, gap=0, **settings) > 12.5 + 2 * CHANCE
+    assert abs(train(images, 150, gap=25, **settings) - 12.5) < CHANCE
+
+
+def test_dropping_colors_hides_fringes(smooth_noise):
+    """Leak detector: grey noise with strong fringes tells the place, unless colours are dropped."""
+    images = smooth_noise(4)[..., :64, :64]
+    assert train(images, 80, fringe=0.06, colors="all", pixelation=0) > 12.5 + 3 * CHANCE
+    assert abs(train(images, 80, fringe=0.06, colors="dropping", pixelation=0) - 12.5) < CHANCE
 
 
 def test_pictures_of_their_own_coordinates_are_solved():

@@ -286,6 +286,9 @@ def test_paper_scale_is_the_papers_geometry_and_solver():
 
 
 # Short training
+CHANCE = 4 * 100 * math.sqrt(1 / 24 * 23 / 24 / 1200)  # how far chance may be off: 8 puzzles of an image are alike
+
+
 def train(images, steps, variant="as-is", **settings):
     """(accuracy on 300 held-out images in percent) after a few real steps of pre-training."""
     with tempfile.TemporaryDirectory() as folder:
@@ -301,7 +304,21 @@ def train(images, steps, variant="as-is", **settings):
 def test_noise_teaches_nothing(variant):
     """Leak test: tiles of white noise do not tell where they lie."""
     accuracy = train(some_images(900, seed=1), 40, variant)
-    assert abs(accuracy - 100 / 24) < 4 * 100 * math.sqrt(1 / 24 * 23 / 24 / 1200)  # 8 puzzles of an image are alike
+    assert abs(accuracy - 100 / 24) < CHANCE
+
+
+def test_the_gap_stops_textures_that_run_on(smooth_noise):
+    """Leak detector: smooth noise is solved where tiles touch, not where they are farther apart than it reaches."""
+    images, settings = smooth_noise(24), {"image_size": 124, "normalization": "false", "grey": 1.0}
+    assert train(images, 200, gap=0, **settings) > 100 / 24 + 2 * CHANCE
+    assert abs(train(images, 200, gap=25, jitter="false", **settings) - 100 / 24) < CHANCE
+
+
+def test_shifted_channels_hide_fringes(smooth_noise):
+    """Leak detector: grey noise with fringes of less than a pixel is solved, unless channels are shifted by as much."""
+    images = smooth_noise(4)[..., :64, :64]
+    assert train(images, 80, fringe=0.02, grey=0.0, shift=0) > 100 / 24 + 3 * CHANCE
+    assert abs(train(images, 80, fringe=0.02, grey=0.0, shift=2) - 100 / 24) < CHANCE
 
 
 def test_cells_of_different_colours_are_solved():
