@@ -223,7 +223,7 @@ def train(images, steps, variant="as-is", **settings):
         return context.position_accuracy(run, model, config, held_out)
 
 
-@pytest.mark.parametrize("variant", ["as-is", "projection", "no-color-handling"])
+@pytest.mark.parametrize("variant", ["as-is", "dropping", "no-color-handling"])
 def test_noise_teaches_nothing(variant):
     """Leak test: patches of white noise do not tell where they lie."""
     accuracy = train(some_images(900, seed=1), 40, variant)
