@@ -159,8 +159,8 @@ VARIANTS = {
     "ablation/prototypes-tenth": lambda config: {"prototypes": max(2, config.prototypes // 10)},
     "ablation/prototypes-tenfold": lambda config: {"prototypes": 10 * config.prototypes},
     "ablation/epsilon0.03": lambda config: {"epsilon": 0.03},
-    "ablation/epsilon0.5": lambda config: {"epsilon": 0.5, "on_collapse": "record"},
-    "ablation/no-equipartition": lambda config: {"iterations": 0, "on_collapse": "record"},
+    "ablation/epsilon0.5": lambda config: {"epsilon": 0.5, "patience": 0.0},
+    "ablation/no-equipartition": lambda config: {"iterations": 0, "patience": 0.0},
     "ablation/small-batch": lambda config: quarter_batch(config),
     "ablation/small-batch-queue": lambda config: {**quarter_batch(config), "queue": 15 * quarter_batch(config)["batch_size"]},
 }
@@ -205,8 +205,7 @@ class Config:
     warmup: float = 0.05                # ours: share of the steps; paper 10 of 800 epochs
     momentum: float = 0.9               # official code
     weight_decay: float = 1e-6          # official code
-    patience: float = 2.0               # ours: epochs of collapse that end a run
-    on_collapse: str = "stop"           # or "record": go on, the loss is the result
+    patience: float = 2.0               # ours: epochs of collapse that end a run; 0: none do
     supervised_epochs: float = 40.0     # ours: with all labels, from scratch
     supervised_rate: float = 0.1        # ours: from scratch, any number of labels
     label_batch: int = 64               # ours: paper 256
@@ -223,9 +222,9 @@ class Config:
     def __post_init__(self):
         require = trainer.require
         trainer.check_settings(
-            self, positive=("image_size", "width", "test_size", "hidden", "temperature", "epsilon", "patience", "label_batch"),
+            self, positive=("image_size", "width", "test_size", "hidden", "temperature", "epsilon", "label_batch"),
             shares=("jitter", "grey", "blur", "warmup"), network=tuple(NETWORKS), stem=tuple(STEMS), method=tuple(METHODS),
-            optimizer=("sgd", "lars"), on_collapse=("stop", "record"))
+            optimizer=tuple(OPTIMIZERS))
         sizes, counts, scales = map(list, (self.crop_sizes, self.crop_counts, self.crop_scales))
         require(sizes and len(counts) == len(sizes) and len(scales) == 2 * len(sizes),
                 f"crop_sizes {sizes} need as many crop_counts and twice as many crop_scales")
@@ -615,9 +614,7 @@ class LARS(torch.optim.Optimizer):
                 p.sub_(group["lr"] * buffer.mul_(group["momentum"]).add_(gradient))
 
 
-def optimizer_of(config, model):
-    kind = {"sgd": torch.optim.SGD, "lars": LARS}[config.optimizer]
-    return kind(model.parameters(), lr=config.pretext_rate, momentum=config.momentum, weight_decay=config.weight_decay)
+OPTIMIZERS = {"sgd": torch.optim.SGD, "lars": LARS}
 
 
 def warmed_cosine(rate, warmup, first=1 / 16, last=1 / 1000):
@@ -663,12 +660,14 @@ def pretrain(run, data, config, purpose):
         scalars = {"loss": loss + (everyone - loss.detach())}  # logged for all ranks, its gradient this rank's own
         if scores:
             scalars["entropy"], scalars["largest"] = use_of_prototypes(torch.cat(scores[:2]))
-        if step >= settled and config.on_collapse == "stop":
+        if step >= settled and config.patience:
             watch(model, config, purpose, scalars, guess, step, max(1, round(config.patience * epoch)), settled)
         return scalars
 
+    optimizer = OPTIMIZERS[config.optimizer](model.parameters(), config.pretext_rate, config.momentum,
+                                             weight_decay=config.weight_decay)
     seconds = run.fit(purpose, model, objective, run.shuffled(split, config.batch_size, "pretext"), steps=steps,
-                      optimizer=optimizer_of(config, model), learning_rate=warmed_cosine(config.pretext_rate, config.warmup),
+                      optimizer=optimizer, learning_rate=warmed_cosine(config.pretext_rate, config.warmup),
                       images_per_step=config.batch_size, chance=guess)
     run.history[purpose]["ln K"] = [[step, round(guess, 4)] for step, _ in run.history[purpose]["loss"]]
     return model, seconds

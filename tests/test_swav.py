@@ -449,8 +449,8 @@ def test_a_share_of_the_labels_is_a_share_of_every_class():
     ("crop_sizes=[32]", "as many crop_counts"), ("crop_sizes=[32, 16]", "at least 17 pixels"),
     ("crop_counts=[3, 2]", "two of the first"), ("crop_scales=[0.5, 0.2, 0.1, 0.2]", "least and largest share"),
     ("epsilon=0", "above 0"), ("prototypes=1", "at least 2"),
-    ("queue=8", "at least the batch size"), ("label_passes=[3]", "two numbers"), ("blur=2", "at most 1"), ("patience=0", "above 0"),
-    ("checkpoint=/no/such/file", "cannot read"), ("batch_size=1", "at least 2"), ("on_collapse=ignore", "stop, record"),
+    ("queue=8", "at least the batch size"), ("label_passes=[3]", "two numbers"), ("blur=2", "at most 1"), ("patience=-1", "not be negative"),
+    ("checkpoint=/no/such/file", "cannot read"), ("batch_size=1", "at least 2"),
 ])
 def test_wrong_settings_are_named(override, message):
     with pytest.raises(InputError, match=message):
