@@ -62,7 +62,7 @@ def slow_sinkhorn(scores, epsilon, iterations):
     return (q * q.shape[1]).T
 
 
-@pytest.mark.parametrize("samples,prototypes,mass,entropy", [(256, 300, 0.01, 0.76), (512, 30, 0.02, 0.67)])
+@pytest.mark.parametrize("samples,prototypes,mass,entropy", [(256, 300, 0.01, 0.76), (512, 30, 0.02, 0.67), (4096, 3000, 0.01, 0.81)])
 def test_codes_are_the_slow_reference_and_spread_evenly(samples, prototypes, mass, entropy):
     scores = random_scores(samples, prototypes)
     codes = swav.sinkhorn(scores)
@@ -120,6 +120,20 @@ def test_the_loss_is_the_slow_reference_and_no_smaller_than_the_entropy_of_the_c
     assert loss >= float(-torch.cat(codes).xlogy(torch.cat(codes)).sum(1).mean())
     two = swav.swapped_prediction_loss(scores[:2], codes)
     assert float(swav.swapped_prediction_loss(scores[1::-1], codes[::-1])) == pytest.approx(float(two), rel=1e-6)
+
+
+def test_an_untrained_network_guesses_and_scores_are_float32(tmp_path):
+    run = some_run(tmp_path, precision="bfloat16", prototypes=300)
+    model = swav.build(run, run.config)
+    images = some_images(64)
+    with run.autocast():
+        embeddings = model.embed(swav.views_of(images, run.config, generator()))
+        with torch.autocast("cpu", enabled=False):
+            loss, scores = swav.swav_loss(model, embeddings, torch.arange(64), run.config, True, False)
+    assert {tensor.dtype for tensor in (loss, *embeddings, *scores)} == {torch.float32}
+    assert all(float(each.detach().abs().max()) <= 1 + 1e-6 for each in scores)
+    # crops of noise have nothing in common, and random scores have variance 1 / 128: they cost half of that over temperature^2
+    assert float(loss.detach()) == pytest.approx(math.log(300) + 0.5 / 128 / 0.1 ** 2, abs=0.15)
 
 
 def test_no_gradient_flows_through_the_codes():
@@ -442,6 +456,15 @@ def test_a_share_of_the_labels_is_a_share_of_every_class():
     assert labels[chosen].bincount().tolist() == [10] * 10 + [1] and len(chosen.unique()) == 101
     assert torch.equal(chosen, swav.share_of_labels(labels, 0.1, 0))
     assert not torch.equal(chosen, swav.share_of_labels(labels, 0.1, 1))
+
+
+def test_what_a_classifier_starts_from_and_is_trained_by():
+    config = some_config(label_rates=[0.02, 0.01], head_factors=[250, 20], label_passes=[60, 8], supervised_rate=0.1,
+                         supervised_epochs=3)
+    assert swav.labels_of(config, "supervised") == ("random", 1, 3, 0.1, 1)
+    assert swav.labels_of(config, "supervised/percent1") == ("random", 0.01, 60, 0.1, 1)
+    assert swav.labels_of(config, "swav/percent1") == ("swav", 0.01, 60, 0.02, 250)
+    assert swav.labels_of(config, "swav/percent10") == ("swav", 0.1, 8, 0.01, 20)
 
 
 @pytest.mark.parametrize("override,message", [
