@@ -53,6 +53,7 @@ case "${1:-}" in
     test) shift; cd "$here" || exit 2
         if [ $# -gt 0 ]; then exec "$python" -m pytest -q tests "$@"; fi
         count=$(nproc 2>/dev/null || echo 1); count=$((count > 4 ? 4 : count)); children=()  # each core takes its share of the tests
+        trap 'kill "${children[@]}" 2>/dev/null; exit 130' INT TERM  # children in the background do not hear Ctrl-C
         for ((part = 0; part < count; part++)); do
             TESTS_PART=$part/$count "$python" -m pytest -q -p no:cacheprovider tests & children+=($!)
         done
