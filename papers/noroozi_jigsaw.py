@@ -121,9 +121,9 @@ CLAIMS = [
      "survey's table"),
     ("few-labels", "jigsaw/finetuned/labels20", ">", "supervised/labels20", 0.0,
      "With 20 labels a class pre-training beats training from scratch", "ours"),
-    ("gap-matters", "audit/no-gap/puzzle-accuracy", ">", "audit/as-is/puzzle-accuracy", 2.0,
-     "Without the gap the pretext task gets easier", "Table 5"),
-    ("easier-is-worse", "audit/no-gap/conv4/linear", "<", "audit/as-is/conv4/linear", 0.0,
+    ("gap-matters", "audit/no-gap/puzzle-accuracy", ">", "audit/no-jitter/puzzle-accuracy", 2.0,
+     "Without the gap the pretext task gets easier (the tiles cover as much of the image)", "Table 5"),
+    ("easier-is-worse", "audit/no-gap/conv4/linear", "<", "audit/no-jitter/conv4/linear", 0.0,
      "Without the gap the features get worse", "Table 5"),
     ("normalization-matters", "audit/no-normalization/puzzle-accuracy", ">", "audit/as-is/puzzle-accuracy", 0.0,
      "Without normalisation the pretext task gets easier", "Table 5"),
@@ -131,7 +131,7 @@ CLAIMS = [
      "Colour fringes give the place away where colours are left alone", "the method"),
     ("handling-hides-fringes", "audit/aberration-handled/puzzle-accuracy", "<", "audit/as-is/puzzle-accuracy", -2.0,
      "With grey puzzles and shifted channels, fringes add less than 2 points", "the method"),
-    ("more-is-harder", "audit/permutations1000/puzzle-accuracy", "<", "audit/permutations9/puzzle-accuracy", 11.0,
+    ("more-is-harder", "audit/permutations100/puzzle-accuracy", "<", "audit/permutations9/puzzle-accuracy", 10.2,
      "More permutations lower pretext accuracy, by more than chance falls", "Table 4"),
     ("near-is-harder", "audit/permutations64-near/puzzle-accuracy", "<", "audit/permutations64/puzzle-accuracy", 0.0,
      "Permutations close to one another lower pretext accuracy", "Table 4"),
@@ -154,7 +154,7 @@ CURVES = [
 COMPARABLE = ("paper",)
 
 VARIANTS = {  # audit: name -> settings that differ
-    "as-is": {}, "no-gap": {"gap": 0}, "no-jitter": {"jitter": False}, "no-normalization": {"normalization": False},
+    "as-is": {}, "no-gap": {"touching": True}, "no-jitter": {"jitter": False}, "no-normalization": {"normalization": False},
     "no-color-handling": {"grey": 0.0, "shift": 0}, "aberration": {"grey": 0.0, "shift": 0, "fringe": 0.02},
     "aberration-handled": {"fringe": 0.02}, "one-tile": {"one_tile": True}, "permutations9": {"permutations": 9},
     "permutations64": {"permutations": 64}, "permutations64-near": {"permutations": 64, "rule": "min-mean"},
@@ -181,6 +181,7 @@ class Config:
     shift: int = 2                      # paper: of each channel of each tile, to either side
     margin: int = 2                     # ours: kept around a tile for the shift, in every variant alike
     fringe: float = 0.0                 # audit: what the green channel is magnified by
+    touching: bool = False              # audit: no gaps; pictures are made smaller, so that the tiles cover as much of them
     one_tile: bool = False              # audit: say where a tile lies, from that tile alone
     permutations: int = 64              # ours: paper 1000 in the end, 100 in Table 5
     rule: str = "max-min"               # ours: paper "max-mean"
@@ -194,7 +195,7 @@ class Config:
     supervised_epochs: float = 60.0     # ours: with all labels, from scratch and fine-tuned
     label_epochs: float = 20.0          # ours: with few labels; in epochs of the whole set
     supervised_rate: float = 0.1        # ours
-    finetune_rate: float = 0.03         # ours
+    finetune_rate: float = 0.1          # ours
     warmup: float = 0.05                # ours: share of the steps
     momentum: float = 0.9               # official code
     nesterov: bool = True               # ours: official code without
@@ -331,9 +332,12 @@ def whole(images, config):
 
 def windows_of(images, config, generator):
     """(N,3,S,S) uint8 -> tiles with their margins (N,9,3,w,w) in 0..1."""
-    images = images.float() / 255
+    images, cell = images.float() / 255, config.tile + config.gap
     images = frozen.add_fringes(images, config.fringe) if config.fringe else images
-    return cut_tiles(images, config.tile + config.gap, config.tile, generator, config.margin, config.jitter)
+    if config.touching:
+        side = round(images.shape[-1] * config.tile / cell) + 2 * config.margin
+        images, cell = F.interpolate(images, (side, side), mode="bilinear", antialias=True), config.tile
+    return cut_tiles(images, cell, config.tile, generator, config.margin, config.jitter)
 
 
 def puzzles_of(windows, config, generator):
@@ -599,7 +603,7 @@ def evaluate(run, data):
 
 
 def figures(run, model, data):
-    """First-layer filters; puzzles of six test images as the network gets them (left), as it solves them, and solved."""
+    """First-layer filters; six test images as puzzles (left), as the network solves them, and solved."""
     filters = model.encoder.blocks[0][0].weight.detach().float().contiguous()
     save_image(F.interpolate(filters, scale_factor=6), run.suite / f"{run.paper}_filters.png", nrow=16, normalize=True,
                scale_each=True)

@@ -369,11 +369,11 @@ def scatter(points, colors, side=360):
 
 # A short-cut to put into images, for audits
 def resampling_matrix(size, scale):
-    """(size, size): interpolation at positions scaled about the middle, by Lanczos kernels of three pixels to either side, since
-    linear interpolation blurs, and more in some places than in others."""
+    """(size, size): interpolation at positions scaled about the middle, by Lanczos kernels of eight pixels to either side, since
+    shorter ones blur, and more in some places than in others."""
     positions = ((torch.arange(size) - (size - 1) / 2) / scale + (size - 1) / 2).clamp(0, size - 1)
     distances = positions[:, None] - torch.arange(size)
-    weights = torch.sinc(distances) * torch.sinc(distances / 3) * (distances.abs() < 3)
+    weights = torch.sinc(distances) * torch.sinc(distances / 8) * (distances.abs() < 8)
     return weights / weights.sum(1, keepdim=True)
 
 

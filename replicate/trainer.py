@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -652,6 +653,10 @@ def launch(script, Config, rows, reproduce, arguments=None):
         return 2
     except (TrainingFailed, torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
         memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+        lost = isinstance(error, dist.DistError) or re.search("by peer|Broken pipe|Timed out", str(error))
+        if run is not None and run.ranks > 1 and lost:
+            tell("error: another rank is gone: the same command goes on from the state saved last")
+            return 3
         if not memory and not isinstance(error, TrainingFailed):
             raise
         line = f"out of memory on {run.device}: lower batch_size or width with --set" if memory else str(error)

@@ -59,6 +59,10 @@ def test_patches_lie_where_their_corners_say(side, patch, gap, jitter):
     if gap:
         nearest = (offsets[:, around].abs().amax(2) - patch).min()
         assert nearest >= gap - 2 * jitter > 0  # no pixel in common, not even neighbours
+    if count == 40:
+        steps = torch.tensor([[place // 3 - 1, place % 3 - 1] for place in around])
+        moved = offsets[:, around] - (patch + gap) * steps
+        assert moved.unique().tolist() == list(range(-2 * jitter, 2 * jitter + 1))  # jitter, and no more
     if count == 40 and side > 3 * patch + 2 * gap + 2 * jitter:
         assert corners[:, 4].unique(dim=0).shape[0] > 5  # places differ
 
@@ -68,6 +72,23 @@ def test_paper_geometry_leaves_at_least_34_pixels():
     assert (config.patch, config.gap, config.jitter) == (96, 48, 7) and config.gap - 2 * config.jitter == 34
     with pytest.raises(ValueError, match="need 92"):
         context.cut_patches(some_images(size=90), 22, 11, 2, generator())
+
+
+def test_the_answer_is_where_the_second_patch_lies():
+    _, corners = context.cut_patches(some_images(50, 96), 22, 11, 2, generator())
+    first, second, positions = context.pairs_with_centre(corners)
+    steps = ((second - first) / 33).round().long().tolist()  # jitter: at most 4 of 33 pixels
+    assert [context.neighbor_position(1 + down, 1 + right) for down, right in steps] == positions.tolist()
+
+
+def test_touching_patches_cover_as_much_of_the_picture():
+    config = some_config(image_size=96, patch=22, gap=11, jitter=0, colors="all", pixelation=0, normalization="false")
+    ramp = torch.arange(96).expand(40, 3, 96, 96).byte() * 2
+    for variant, between in (("no-jitter", 12), ("no-gap", 96 / 72)):  # from a patch's last column to its neighbour's first, in pixels
+        patches = context.patches_of(ramp, context.settings_of(config, variant), None, generator())
+        columns = ((patches[:, :, 0].mean(2) * 0.25 + 0.5) * 255 / 2).unflatten(1, (3, 3))  # (40, 3, 3, p): places in the picture
+        assert (columns[:, :, 2, -1] - columns[:, :, 0, 0]).flatten().tolist() == pytest.approx([87] * 120, abs=0.6)
+        assert float((columns[:, :, 1:, 0] - columns[:, :, :-1, -1]).mean()) == pytest.approx(between, abs=0.1)
 
 
 def test_patches_stay_inside_at_any_size_that_has_room():
@@ -95,8 +116,20 @@ def test_pairs_hold_the_centre_and_every_answer_is_equally_frequent():
         assert context.neighbor_position(1 + down, 1 + right) == position
     alone = context.pairs_with_centre(embeddings, both=False)
     assert torch.equal(alone[1][:, 0] % 9, torch.tensor([0.0, 1, 2, 3, 5, 6, 7, 8] * 2)) and (alone[0] % 9 == 4).all()
-    loss = context.position_loss(torch.zeros(32, 8), positions)
-    assert float(loss["loss"]) == pytest.approx(math.log(8), abs=1e-6) and float(loss["accuracy"]) == 0.125
+
+
+def test_a_zeroed_head_guesses_and_all_pairs_would_be_easier():
+    model = context.RelativePositionNet(context.PatchEncoder("small", 0.1, 16), 32)
+    nn.init.zeros_(model.head[-1].weight)
+    first, second, positions = context.pairs_with_centre(context.embed(model, torch.randn(4, 9, 3, 16, 16)))
+    result = context.position_loss(model(first, second), positions)
+    assert float(result["loss"].detach()) == pytest.approx(math.log(8), abs=1e-6) and float(result["accuracy"]) == 0.125
+    places = [divmod(place, 3) for place in range(9)]  # every adjacent pair, as in the released code
+    answers = torch.tensor([context.neighbor_position(1 + c - a, 1 + d - b) for a, b in places for c, d in places
+                            if max(abs(c - a), abs(d - b)) == 1])
+    shares = answers.bincount(minlength=8) / len(answers)
+    assert len(answers) == 40 and float(shares.max()) == pytest.approx(0.15)
+    assert float(-(shares * shares.log()).sum()) == pytest.approx(2.059, abs=1e-3)
 
 
 # Colours, contrast, resolution
@@ -123,6 +156,9 @@ def test_dropping_keeps_one_channel_and_leaves_noise_in_the_others():
     original = centred[~same]
     correlation = (dropped[~same] * original).mean((-2, -1)) / (noise * original.std((-2, -1)))
     assert float(correlation.abs().mean()) < 0.06  # about 0.036 for 484 independent pixels, whatever the sign
+    noises = dropped[~same].view(-1, 2, 22, 22)  # nor does it go with the channel that is kept
+    shared = (noises * centred[same][:, None]).mean((-2, -1)) / (noises.std((-2, -1)) * kept[:, None])
+    assert float(shared.abs().mean()) < 0.06 and float((noise.view(-1, 2) / kept[:, None]).min()) > 1 / 200
 
 
 def test_contrast_is_removed_and_flat_patches_stay_finite():
@@ -157,6 +193,23 @@ def test_shapes_and_sizes_of_the_papers_network():
     convolutions = sum(p.numel() for p in encoder.blocks.parameters())
     assert convolutions == pytest.approx(3.75e6, rel=0.01)
     assert encoder.fc6[1].weight.numel() == pytest.approx(9.44e6, rel=0.01)
+    with torch.no_grad():  # before pooling
+        assert [encoder.blocks[0][0](torch.zeros(1, 3, 96, 96)).shape[-1], encoder.blocks[1][0](maps[0]).shape[-1]] == [24, 12]
+    model = context.RelativePositionNet(encoder, 4096)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(63.6e6, rel=0.005)
+
+
+def test_alexnet_has_plain_batch_norm_from_the_third_convolution_on():
+    model = context.RelativePositionNet(context.PatchEncoder("alexnet", 0.05, 96), 32)
+    norms = [layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) == 5 and all(norm.weight is None and norm.bias is None for norm in norms)  # conv3 to fc7
+    assert [any(isinstance(layer, nn.BatchNorm2d) for layer in block) for block in model.encoder.blocks] == [False] * 2 + [True] * 3
+    before = [norm.running_mean.clone() for norm in norms]
+    for training in (False, True):
+        model.train(training)
+        first, second, _ = context.pairs_with_centre(context.embed(model, torch.randn(2, 9, 3, 96, 96)))
+        model(first, second)
+        assert [torch.equal(old, norm.running_mean) for old, norm in zip(before, norms)] == [not training] * 5
 
 
 def test_batch_norm_has_no_scale_and_shift_and_moves_only_in_training():
@@ -184,12 +237,44 @@ def test_patches_meet_late_and_their_order_counts():
         a, b = embeddings[:, 4], embeddings[:, 0]
         assert not torch.allclose(model(a, b), model(b, a))
         alone = context.RelativePositionNet(model.encoder, 32, one_patch=True).eval()
-        assert torch.equal(alone(a, b), alone(b * 5, b))  # the first patch is hidden
+        assert torch.equal(alone(a, b), alone(b * 5, b)) and not torch.equal(alone(a, b), alone(a, a))  # the first one is hidden
+
+
+def test_swapped_patches_have_swapped_embeddings():
+    model = context.RelativePositionNet(context.PatchEncoder("small", 0.1, 22), 32).double().eval()
+    patches = torch.randn(3, 9, 3, 22, 22, dtype=torch.float64, generator=generator())
+    order = [4, 1, 2, 3, 0, 5, 6, 7, 8]
+    with torch.no_grad():
+        torch.testing.assert_close(context.embed(model, patches[:, order]), context.embed(model, patches)[:, order],
+                                   rtol=1e-12, atol=1e-12)
+
+
+def test_retrieval_counts_neighbours_of_the_same_class(tmp_path, monkeypatch):
+    labels = torch.arange(40) % 2
+    monkeypatch.setattr(context, "unit_features", lambda run, encoder, patches, train: torch.eye(2)[labels])
+    assert context.retrieval(some_run(tmp_path), None, None, Resident(some_images(40), labels)) == 100
+    alone = Resident(some_images(40), torch.arange(40))  # each its own class: only itself would match
+    assert context.retrieval(some_run(tmp_path), None, None, alone) == 0
+
+
+def test_features_of_patches_are_of_unit_length_and_all_networks_are_normalised_alike(tmp_path):
+    run, images = some_run(tmp_path), some_images(60)
+    encoder = context.PatchEncoder("small", 0.1, 16)
+    patches, labels = context.query_patches(run, Resident(images, torch.arange(60)))
+    assert patches.shape == (60, 3, 16, 16) and torch.equal(labels, torch.arange(60))
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    features = context.unit_features(run, encoder, patches, Resident(images, labels))
+    assert all(torch.equal(before[name], tensor) for name, tensor in encoder.state_dict().items())  # a copy was normalised
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(60))
+    for layer in encoder.modules():  # whatever statistics a network comes with
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.fill_(3), layer.running_var.fill_(9)
+    assert torch.equal(features, context.unit_features(run, encoder, patches, Resident(images, labels)))
 
 
 # Config
 @pytest.mark.parametrize("override,message", [
-    ("image_size=50", "need 62 pixels; patch=12 would fit"), ("patch=8", "at least 16"), ("colors=grey", "dropping, projection, all"),
+    ("image_size=50", "need 62 pixels; patch=12 would fit"), ("patch=8", "at least 16"), ("gap=1", "patches would overlap"), ("colors=grey", "dropping, projection, all"),
     ("pixelation=2", "at most 1"),
     ("batch_size=0", "above 0"), ("network=vgg", "small, alexnet"), ("gap=-1", "must not be negative"),
 ])
@@ -223,7 +308,7 @@ def train(images, steps, variant="as-is", **settings):
         return context.position_accuracy(run, model, config, held_out)
 
 
-@pytest.mark.parametrize("variant", ["as-is", "dropping", "no-color-handling"])
+@pytest.mark.parametrize("variant", ["as-is", "dropping", "no-color-handling", "no-gap"])
 def test_noise_teaches_nothing(variant):
     """Leak test: patches of white noise do not tell where they lie."""
     accuracy = train(some_images(900, seed=1), 40, variant)

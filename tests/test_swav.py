@@ -642,6 +642,40 @@ def test_two_ranks_equal_one_and_go_on_after_one_that_was_killed(tmp_path, whole
     assert {record["ranks"] for record in records} == {2} and len(records) == 3  # one writer
 
 
+LOSES_ONE = """
+import os, signal, sys
+from papers import swav
+from replicate import trainer
+trainer.Run.has = lambda run, row: True
+augment = trainer.Run.augment
+
+def dying(run, function, images, purpose, step):
+    if run.rank == 1 and step == 12:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return augment(run, function, images, purpose, step)
+
+trainer.Run.augment = dying
+sys.exit(swav.main(sys.argv[1:]))
+"""
+
+
+def test_a_rank_that_dies_ends_the_job_with_one_line_and_a_state_to_go_on_from(tmp_path, whole, monkeypatch, capsys):
+    data, _ = whole
+    script = tmp_path / "loses_one.py"
+    script.write_text(LOSES_ONE)
+    options = [*NOISE, "--rows", "simclr/knn20", "--data", str(data), *into(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(trainer.ROOT), "REPLICATE_CHECKPOINT_SECONDS": "0"}
+    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *options],
+                         capture_output=True, text=True, timeout=200, env=environment)
+    assert two.returncode != 0
+    lines = [line for line in two.stderr.splitlines() if line.startswith(("error:", "interrupted:"))]
+    assert lines == ["error: another rank is gone: the same command goes on from the state saved last"], two.stderr
+    assert 'File "' + str(trainer.ROOT) not in two.stderr  # no traceback of ours; torchrun adds its own report
+    monkeypatch.setattr(trainer.Run, "has", lambda run, row: True)
+    assert swav.main(options) == 0
+    assert "simclr: resumed at step 12/20" in capsys.readouterr().out
+
+
 def test_every_kind_of_row_runs_and_keeps_to_deterministic_operations(tmp_path, folders, graphs, monkeypatch, write_packed):
     """The graph of every training step is walked."""
     write_packed(tmp_path, train=160, test=40)
