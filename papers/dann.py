@@ -36,9 +36,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 from torchvision.utils import make_grid, save_image
 
@@ -413,7 +411,7 @@ def adaptation_losses(model, source, target, labels, method, strength, config):
         return {"loss": label, "label": label}
     if method in ("mmd", "coral"):
         with torch.autocast(hidden.device.type, enabled=False):  # differences of squares need all digits
-            own, other = (of_all_ranks(half) for half in hidden.float().split([len(source), len(target)]))
+            own, other = (trainer.rows_of_all_ranks(half) for half in hidden.float().split([len(source), len(target)]))
             domain = maximum_mean_discrepancy(own, other) if method == "mmd" else coral_loss(own, other)
         weight = strength * (config.mmd_weight if method == "mmd" else config.coral_weight)
         return {"loss": label + weight * domain, "label": label, "domain": domain}
@@ -421,11 +419,6 @@ def adaptation_losses(model, source, target, labels, method, strength, config):
     scores = model.domain_head(reverse_gradient(features, reversal)).float()
     domain = domain_loss(*scores.split([len(source), len(target)]))
     return {"loss": label + domain, "label": label, "domain": domain}
-
-
-def of_all_ranks(features):
-    """The rows of all ranks, for losses that are no mean over samples; gradients flow back to each rank's own."""
-    return torch.cat(all_gather(features)) if dist.is_initialized() else features
 
 
 # Training.  Of `run` (replicate/trainer.py): fit loops over "set the rate, take objective(batch, step), step the optimiser";
@@ -577,7 +570,7 @@ def adapt(run, pair):
                   (f"{method}/a-distance", method, a_distance, [source.test, target.test], "A-distance")]
     for name, method, function, splits, metric in table:
         row = f"{pair}/{name}"
-        if not run.wanted(row):
+        if row not in PAPER or not run.wanted(row):
             continue
         if method.startswith("finetuned") and int(target.train.labels.bincount(minlength=target.classes).min()) < LABELS:
             run.say(f"seed {run.seed}  {row}: left out, a class has fewer than {LABELS} target images")
