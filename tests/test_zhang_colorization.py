@@ -62,6 +62,20 @@ def test_every_color_lies_in_a_cell_of_the_set():
     assert all((a + i, b + j) in known for a, b in set(map(tuple, low.tolist())) for i in (0, 10) for j in (0, 10))
 
 
+def test_other_rules_give_other_counts():
+    """Colours that are nearest to some screen colour: 261; inside the hull of all: 233 (the sheet of wrong turns)."""
+    level = torch.arange(256, dtype=torch.float64) / 255
+    u, v = torch.meshgrid(level, level, indexing="ij")
+    faces = [torch.stack(face) for end in (0 * u, 0 * u + 1) for face in ((end, u, v), (u, end, v), (u, v, end))]
+    ab = zhang.rgb_to_lab(torch.stack(faces))[:, 1:].permute(0, 2, 3, 1).flatten(0, 2)
+    nearest = torch.cat([zhang.nearest_colors(part, BINS, 1, zhang.candidate_colors(BINS, 1))[1] for part in ab.float().split(50000)])
+    assert len(nearest.unique()) == 261
+    angle = torch.linspace(0, 2 * math.pi, 1801, dtype=torch.float64)[:-1]
+    normals = torch.stack([angle.cos(), angle.sin()])
+    extent = torch.cat([(ab @ part).amax(0) for part in normals.split(50, 1)])
+    assert int((BINS.double() @ normals <= extent).all(1).sum()) == 233
+
+
 def test_lab_and_back():
     rgb = torch.rand(8, 3, 64, 64, generator=generator())
     assert float((zhang.lab_to_rgb(zhang.rgb_to_lab(rgb)) - rgb).abs().max()) < 1e-6
@@ -98,6 +112,17 @@ def test_soft_encoding_is_the_plain_definition(neighbors, top, entropy, mean):
     assert float(torch.special.entr(encoded).sum(1).mean()) == pytest.approx(mean, abs=0.03)
 
 
+@pytest.mark.parametrize("neighbors", [5, 10])
+def test_encoding_as_trained_with_is_the_definition_in_float64(neighbors):
+    ab = some_ab(4, 32, seed=7)
+    points = ab.permute(0, 2, 3, 1).flatten(0, 2).double()
+    squares, near = (points[:, None] - BINS.double()).square().sum(2).sort(1)
+    raw = torch.exp(-squares[:, :neighbors] / 50)
+    plain = torch.zeros(len(points), 313, dtype=torch.float64).scatter_(1, near[:, :neighbors], raw / raw.sum(1, keepdim=True))
+    made = zhang.soft_encode(ab, BINS, neighbors, 5.0, zhang.candidate_colors(BINS, neighbors))
+    assert float((made.permute(0, 2, 3, 1).flatten(0, 2) - plain).abs().max()) < 1e-6
+
+
 @pytest.mark.parametrize("neighbors", [1, 5, 10])
 def test_the_table_of_candidates_changes_nothing(neighbors):
     ab = some_ab(8, 64, seed=3)
@@ -122,11 +147,17 @@ def test_annealed_mean_between_its_limits():
     torch.testing.assert_close(zhang.annealed_mean(logits, BINS, 1.0), torch.einsum("nqhw,qc->nchw", probabilities, BINS))
     likeliest = BINS[logits.argmax(1)].permute(0, 3, 1, 2)
     torch.testing.assert_close(zhang.annealed_mean(logits, BINS, 0.001), likeliest, atol=1e-2, rtol=0)
+    ahead = logits + F.one_hot(logits.argmax(1), 313).permute(0, 3, 1, 2)
+    torch.testing.assert_close(zhang.annealed_mean(ahead, BINS, 0.01), likeliest, atol=1e-2, rtol=0)
     centre = zhang.annealed_mean(logits, BINS, 1e6)[0, :, 0, 0]
     assert centre.tolist() == pytest.approx([15.69, 6.68], abs=0.01)
     directions = torch.randn(50, 2, generator=generator(2))
     assert ((zhang.annealed_mean(logits, BINS).permute(0, 2, 3, 1).flatten(0, 2) @ directions.T).amax(0)
             <= (BINS @ directions.T).amax(0)).all()  # inside the hull of the 313
+    sharp = 60 * torch.eye(313).view(313, 313, 1, 1)  # at its corners
+    for temperature in (0.01, 0.38, 1.0, 10.0):
+        made = zhang.annealed_mean(sharp, BINS, temperature).flatten(1)
+        assert ((made @ directions.T).amax(0) <= (BINS @ directions.T).amax(0) + 1e-3).all()
     powered = probabilities ** (1 / 0.38)
     torch.testing.assert_close(zhang.annealed_mean(logits, BINS, 0.38),
                                torch.einsum("nqhw,qc->nchw", powered / powered.sum(1, keepdim=True), BINS), atol=1e-3, rtol=1e-4)
@@ -162,14 +193,45 @@ def test_auc_has_its_known_values():
     assert zhang.color_auc(ab + 1e4, ab) == 0
 
 
+def test_auc_falls_with_the_error():
+    ab, weights = some_ab(2, 8), torch.rand(2, 8, 8, generator=generator(4))
+    for each in (None, weights):
+        values = [zhang.color_auc(ab + torch.tensor([miss, 0.0]).view(1, 2, 1, 1), ab, each) for miss in range(0, 160, 10)]
+        assert values == pytest.approx([1 - miss / 150 for miss in range(0, 150, 10)] + [0], abs=1e-5)
+
+
+def test_recoloring_keeps_the_lightness():
+    ab = (5 * torch.randn(1, 2, 16, 16, generator=generator(), dtype=torch.float64)).clamp(-12, 12)  # colours of a screen
+    lab = torch.cat([torch.linspace(30, 80, 256, dtype=torch.float64).view(1, 1, 16, 16), ab], 1)
+    torch.testing.assert_close(zhang.rgb_to_lab(zhang.lab_to_rgb(lab)), lab, atol=1e-9, rtol=0)
+    images = some_images()
+    grey = zhang.recolored(images, lambda lab: 0 * lab[:, 1:])
+    assert float((zhang.lab_of(grey)[:, 0] - zhang.lab_of(images)[:, 0]).abs().max()) < 0.3
+
+
 def test_true_colors_give_the_picture_back():
     images = torch.randint(0, 256, (2, 3, 24, 24), generator=generator(), dtype=torch.uint8)
     assert torch.equal(zhang.recolored(images, lambda lab: lab[:, 1:]), images)
 
 
-def test_encoding_a_mirror_image_mirrors_the_encoding():
-    ab = some_ab()
-    assert torch.equal(zhang.soft_encode(ab.flip(3), BINS), zhang.soft_encode(ab, BINS).flip(3))
+def test_mirrored_images_have_mirrored_targets():
+    images, config = some_images(8), some_config()  # crops as large as the images
+    plain, turned = (zhang.examples(each, config, some_palette(), torch.arange(313.0), generator(3)) for each in (images, images.flip(3)))
+    assert torch.equal(turned[0], plain[0].flip(3))
+    ab = zhang.lab_of(zhang.crop_and_flip(images, 32, generator(3)))[:, 1:].flip(3)[..., ::4, ::4]
+    assert torch.equal(turned[1], ab)
+    torch.testing.assert_close(turned[2], zhang.soft_encode(ab, BINS))
+
+
+@pytest.mark.parametrize("loss", ["classification", "l2"])
+def test_a_grey_image_gives_no_gradient(loss):
+    images = some_images(3)
+    images[1] = images[1, :1]
+    _, ab, encoded, weights = zhang.examples(images, some_config(), some_palette(), torch.ones(313), generator())
+    scores = torch.randn((ab if loss == "l2" else encoded).shape, generator=generator(2), requires_grad=True)
+    made = zhang.regression_loss(scores, ab, (weights > 0).float()) if loss == "l2" else zhang.color_loss(scores, encoded, weights)
+    (gradient,) = torch.autograd.grad(made["loss"], scores)
+    assert [bool(each.any()) for each in gradient] == [True, False, True]
 
 
 def test_grey_images_neither_teach_nor_count():
@@ -224,7 +286,31 @@ def test_frequencies_are_of_train_images_and_smooth(tmp_path):
         zhang.make_palette(some_run(tmp_path), Resident(blue[:, 2:].expand(-1, 3, -1, -1), torch.zeros(3)))
 
 
+def test_the_runs_palette_and_controls_are_of_train(tmp_path):
+    blue, red = torch.zeros(2, 12, 3, 32, 32, dtype=torch.uint8)
+    blue[:, 2] = red[:, 0] = 200
+    train, test = (Resident(each, torch.arange(12) % 2) for each in (blue, red))
+    run = trainer.Run(zhang.__file__, some_config(), "smoke", "cpu", suite="smoke", results=tmp_path, runs=tmp_path,
+                      rows="prior-mode/auc-raw", scale_rows=["*"])
+    zhang.evaluate(run, ImageSet("x", train, test, 2))
+    a, b = (zhang.lab_of(each[:1])[:, 1:] for each in (blue, red))
+    mode = BINS[(BINS - a[0, :, 0, 0]).norm(dim=1).argmin()].view(1, 2, 1, 1).expand_as(b)
+    assert run.value("prior-mode/auc-raw") == pytest.approx(100 * zhang.color_auc(mode, b), abs=0.01)
+    colors = zhang.baseline_colorizer(run, "random-colors", zhang.make_palette(run, train), train)(zhang.lab_of(red))
+    torch.testing.assert_close(colors, a.expand_as(colors))
+
+
 # Targets and loss
+def test_only_the_full_method_weighs_colors(tmp_path):
+    split = Resident(some_images(32), torch.zeros(32, dtype=torch.int64))
+    run = some_run(tmp_path, precision="float32", batch_size=8, pretext_epochs=1)
+    palette = zhang.make_palette(run, split)
+    for variant, same in (("class", True), ("full", False)):
+        zhang.pretrain(run, ImageSet("x", split, split, 2), zhang.settings_of(run.config, variant), palette, variant)
+        loss, plain = (torch.tensor(run.history[variant][name])[:, 1] for name in ("loss", "cross_entropy"))
+        assert torch.allclose(loss, plain, rtol=1e-4) == same
+
+
 def test_targets_are_every_fourth_pixel_of_a_mirrored_crop():
     images, config = some_images(40, 48), some_config(crop_size=32, image_size=48)
     lightness, ab, encoded, weights = zhang.examples(images, config, some_palette(), torch.arange(313.0), generator(5))
@@ -251,6 +337,9 @@ def test_loss_starts_at_a_guess_and_stays_above_the_targets_entropy():
     assert float(losses["loss"].detach()) == pytest.approx(math.log(313), abs=1e-5)
     best = zhang.color_loss(encoded.clamp_min(1e-30).log(), encoded, torch.ones(4, 8, 8))["loss"]
     assert float(best) == pytest.approx(float(torch.special.entr(encoded).sum(1).mean()), abs=1e-4)
+    for scale in (0.1, 1, 10):
+        guess = encoded.clamp_min(1e-30).log() + scale * torch.randn(encoded.shape, generator=generator(1))
+        assert zhang.color_loss(guess, encoded, torch.ones(4, 8, 8))["loss"] > best + 1e-4
 
 
 def test_a_pixels_gradient_is_multiplied_by_its_weight():
@@ -365,7 +454,8 @@ def test_two_ranks_equal_one(tmp_path, one_and_two_ranks, write_packed):
                                       "rescaled=true").values()
     for name in ("blocks.0.0.weight", "blocks.6.0.weight", "head.0.weight"):
         torch.testing.assert_close(two[name], one[name], atol=2e-3, rtol=1e-2)  # Adam's steps are 1e-3 whatever the gradient
-    assert float(one["head.4.weight"].abs().max()) > 1e-3  # zero before
+    last = "head.4.weight"  # zero before
+    assert float(one[last].abs().max()) > 1e-3 and float((two[last] - one[last]).norm()) < 0.05 * float(one[last].norm())
 
 
 # Use
