@@ -17,12 +17,13 @@ Deviations
     paper's strengths.
  3. The Sinkhorn algorithm runs on logarithms, the same numbers without overflow.
  4. Batch-norm, Sinkhorn and queue span all ranks; the official code synchronises batch-norm among 8 GPUs and keeps a queue on each.
- 5. DeepCluster-v2's memory starts from whole images, and an image's cluster is read off when the image is drawn.
+ 5. DeepCluster-v2's memory starts from whole images, under their own batch-norm statistics, and an image's cluster is read off
+    when the image is drawn.
  6. SimCLR, a control: every crop is compared with the large crops; with two crops it is SimCLR's own loss.
  7. Two crops are trained for more epochs, until they have seen as many pixels; the paper compares equal epochs.
  8. Probes see whole images scaled to test_size (paper: the middle 224 of 256 pixels); the linear one is logistic regression without
-    augmentation.  The random network's batch-norm statistics are those of 500 training images, so that it is normalised as the
-    others are.  1 % and 10 % of the labels are drawn by the seed, class by class; the paper has fixed lists.  Fine-tuning has
+    augmentation.  Batch-norm statistics of all networks, the random one and checkpoints too, are taken anew from 500
+    training images.  1 % and 10 % of the labels are drawn by the seed, class by class; the paper has fixed lists.  Fine-tuning has
     warm-up and cosine (official code: steps), a head that starts at zero, and rates not tuned for either arm.  Always the last
     iterate: the official code reports the best epoch on the validation set.
  9. Convolutions and matrix products run in bfloat16 (--set precision=float32 for none); norms, scores, codes, losses in float32.
@@ -58,7 +59,8 @@ from replicate import evaluate as frozen
 from replicate import trainer
 
 # row -> (the paper's value, where, False if only remembered).  A row is named network/probe or ablation/variant/probe.  "loss" and
-# "use" (entropy of how often each prototype is the nearest, on test images) are in percent of ln K.
+# "use" (entropy of how often each prototype is the nearest, on test images) are in percent of ln K, "spread" (standard deviation of
+# z over test images) in percent of that of vectors spread over the sphere evenly: 0 where all images are mapped to one point.
 PAPER = {
     "swav/knn20": (65.7, "the released network, in Caron et al. 2021", True),
     "swav/knn200": (None, "not in the paper", True),
@@ -67,6 +69,7 @@ PAPER = {
     "swav/percent10": (70.2, "10 % of the labels", True),
     "swav/loss": (None, "end of training", True),
     "swav/use": (None, "not in the paper", True),
+    "swav/spread": (None, "not in the paper", True),
     "random/knn20": (None, "control", True),
     "random/knn200": (None, "control", True),
     "random/linear": (None, "control", True),
@@ -83,9 +86,6 @@ PAPER = {
     "deepcluster/loss": (None, "end of training", True),
     "simclr/knn20": (None, "control, same crops and epochs", True),
     "simclr/linear": (None, "control, same crops and epochs", True),
-    "ablation/as-is/knn20": (None, "same budget as the rows below", True),
-    "ablation/as-is/loss": (None, "end of training", True),
-    "ablation/as-is/use": (None, "not in the paper", True),
     "ablation/prototypes-tenth/knn20": (None, "K a tenth", True),
     "ablation/prototypes-tenth/loss": (None, "end of training", True),
     "ablation/prototypes-tenfold/knn20": (None, "K tenfold; at most 0.3, linear, from 3,000 to 100,000", True),
@@ -95,9 +95,11 @@ PAPER = {
     "ablation/epsilon0.5/knn20": (None, "soft codes: collapse", True),
     "ablation/epsilon0.5/loss": (None, "end of training", True),
     "ablation/epsilon0.5/use": (None, "soft codes: collapse", True),
+    "ablation/epsilon0.5/spread": (None, "soft codes: collapse", True),
     "ablation/no-equipartition/knn20": (None, "codes by softmax alone: collapse", True),
     "ablation/no-equipartition/loss": (None, "end of training", True),
     "ablation/no-equipartition/use": (None, "codes by softmax alone: collapse", True),
+    "ablation/no-equipartition/spread": (None, "codes by softmax alone: collapse", True),
     "ablation/small-batch/knn20": (None, "a quarter of the batch", True),
     "ablation/small-batch/loss": (None, "end of training", True),
     "ablation/small-batch-queue/knn20": (None, "the same, queue of 15 batches", True),
@@ -121,15 +123,15 @@ CLAIMS = [
      "semi-supervised table"),
     ("ten-percent", "swav/percent10", ">", "supervised/percent10", 0.0,
      "With 10 % of the labels SwAV beats training from scratch", "semi-supervised table"),
-    ("epsilon-collapses", "ablation/epsilon0.5/loss", ">", "ablation/as-is/loss", 5.0,
-     "A large epsilon softens the codes: the loss is nearer to ln K, by 5 % of it", "the method"),
-    ("epsilon-costs", "ablation/epsilon0.5/knn20", "<", "ablation/as-is/knn20", 5.0,
+    ("epsilon-collapses", "ablation/epsilon0.5/spread", "<", "swav/spread", 20.0,
+     "A large epsilon softens the codes, and all images come to lie together", "the method"),
+    ("epsilon-costs", "ablation/epsilon0.5/knn20", "<", "swav/knn20", 5.0,
      "A large epsilon costs 5 points, k-NN", "the method"),
-    ("equipartition", "ablation/no-equipartition/use", "<", "ablation/as-is/use", 20.0,
+    ("equipartition", "ablation/no-equipartition/use", "<", "swav/use", 20.0,
      "Without equipartition few prototypes are left in use", "the method"),
-    ("prototypes-up", "ablation/prototypes-tenfold/knn20", "<", "ablation/as-is/knn20", -3.0,
+    ("prototypes-up", "ablation/prototypes-tenfold/knn20", "<", "swav/knn20", -3.0,
      "Ten times the prototypes add less than 3 points, k-NN", "the text: K from 3,000 to 100,000"),
-    ("prototypes-down", "ablation/prototypes-tenfold/knn20", ">", "ablation/as-is/knn20", -3.0,
+    ("prototypes-down", "ablation/prototypes-tenfold/knn20", ">", "swav/knn20", -3.0,
      "Ten times the prototypes cost less than 3 points, k-NN", "the text: K from 3,000 to 100,000"),
     ("queue", "ablation/small-batch-queue/knn20", ">", "ablation/small-batch/knn20", 0.0, "A queue helps a small batch",
      "ours"),
@@ -138,11 +140,11 @@ CLAIMS = [
 # (file suffix, title, x axis, y axis, {line: [(x, row)] or (row, scalar)})
 CURVES = [
     ("pretext", "Loss against ln K", "step", "loss", {
-        "as is": ("ablation/as-is/loss", "loss"), "epsilon 0.5": ("ablation/epsilon0.5/loss", "loss"),
-        "no equipartition": ("ablation/no-equipartition/loss", "loss"), "ln K": ("ablation/as-is/loss", "ln K")}),
+        "SwAV": ("swav/loss", "loss"), "epsilon 0.5": ("ablation/epsilon0.5/loss", "loss"),
+        "no equipartition": ("ablation/no-equipartition/loss", "loss"), "ln K": ("swav/loss", "ln K")}),
     ("use", "Prototypes in use: entropy of the nearest, one batch", "step", "entropy, nats", {
-        "as is": ("ablation/as-is/loss", "entropy"), "epsilon 0.5": ("ablation/epsilon0.5/loss", "entropy"),
-        "no equipartition": ("ablation/no-equipartition/loss", "entropy"), "ln K": ("ablation/as-is/loss", "ln K")}),
+        "SwAV": ("swav/loss", "entropy"), "epsilon 0.5": ("ablation/epsilon0.5/loss", "entropy"),
+        "no equipartition": ("ablation/no-equipartition/loss", "entropy"), "ln K": ("swav/loss", "ln K")}),
 ]
 
 COMPARABLE = ("paper",)
@@ -155,7 +157,6 @@ VARIANTS = {
         "pretext_epochs": config.pretext_epochs * pixels(config) / (2 * config.crop_sizes[0] ** 2)},
     "deepcluster": lambda config: {"method": "deepcluster"},
     "simclr": lambda config: {"method": "simclr"},
-    "ablation/as-is": lambda config: {},
     "ablation/prototypes-tenth": lambda config: {"prototypes": max(2, config.prototypes // 10)},
     "ablation/prototypes-tenfold": lambda config: {"prototypes": 10 * config.prototypes},
     "ablation/epsilon0.03": lambda config: {"epsilon": 0.03},
@@ -199,7 +200,6 @@ class Config:
     queue_start: float = 1.0            # ours: epochs before it fills; official code 15 of 200
     batch_size: int = 256               # ours: paper 4096
     pretext_epochs: float = 50.0        # ours: paper 800
-    ablation_epochs: float = 15.0       # ours: paper 400
     optimizer: str = "lars"             # official code; or "sgd"
     pretext_rate: float = 0.6           # official code, batches of 256; paper 4.8
     warmup: float = 0.05                # ours: share of the steps; paper 10 of 800 epochs
@@ -249,8 +249,7 @@ class Config:
 
 def settings_of(config, name):
     """The config with what one of the VARIANTS changes."""
-    epochs = config.ablation_epochs if name.startswith("ablation/") else config.pretext_epochs
-    return dataclasses.replace(config, **{"method": "swav", "pretext_epochs": epochs, **VARIANTS[name](config)})
+    return dataclasses.replace(config, **{"method": "swav", **VARIANTS[name](config)})
 
 
 def quarter_batch(config):
@@ -677,7 +676,7 @@ def recluster(run, model, config, split, step):
     """DeepCluster-v2, at the start of every epoch: cluster the memory anew for each head; the first time fill it."""
     if step == 0:
         start = split.take(range(min(len(split), 2000))) if run.plan else split
-        model.eval()
+        recalibrate(run, model, config, start)
         features = features_of(run, config, start, lambda images: model.project(model.encoder(images)))
         model.memory[:, :len(features)] = features
         model.train()
@@ -721,17 +720,30 @@ def features_of(run, config, split, function):
     return frozen.extract_features(encode, split)
 
 
+def recalibrate(run, model, config, split):
+    """A network in eval mode, all of its batch-norm statistics those of whole images of the split."""
+    def forward(images):
+        features = model.encoder(whole(images, config))
+        return model.project(features) if hasattr(model, "project") else features
+    with run.autocast():
+        return frozen.recalibrate(model, forward, split)
+
+
+def embeddings_of(run, model, config, split):
+    """(N,D): the z of each image."""
+    return features_of(run, config, split, lambda images: model.project(model.encoder(images)))
+
+
 def prototype_scores(run, model, config, split):
     """(N,K): the z of each image against each prototype."""
-    z = features_of(run, config, split, lambda images: model.project(model.encoder(images)))
-    return F.linear(z, F.normalize(model.prototypes.weight.detach(), dim=1))
+    return F.linear(embeddings_of(run, model, config, split), F.normalize(model.prototypes.weight.detach(), dim=1))
 
 
 def measures(run, model, config, kinds, train, test):
     """{kind: value} for the wanted kinds of a network with a frozen .encoder: "knn20", "knn200", "linear" in percent, on the
-    average of the last feature map; "use" in percent of ln K."""
-    model.eval()
-    values, probes = {}, [kind for kind in kinds if kind not in ("loss", "use")]
+    average of the last feature map; "use" in percent of ln K; "spread" in percent of that of vectors spread evenly."""
+    model = recalibrate(run, copy.deepcopy(model), config, train)
+    values, probes = {}, [kind for kind in kinds if kind not in ("loss", "use", "spread")]
     if probes:
         train_x, test_x = (features_of(run, config, split, model.encoder) for split in (train, test))
     for kind in probes:
@@ -739,6 +751,8 @@ def measures(run, model, config, kinds, train, test):
                         frozen.knn_accuracy(train_x, train.labels, test_x, test.labels, k=int(kind.removeprefix("knn"))))
     if "use" in kinds:
         values["use"] = 100 * float(use_of_prototypes(prototype_scores(run, model, config, test))[0]) / math.log(config.prototypes)
+    if "spread" in kinds:
+        values["spread"] = 100 * math.sqrt(DIMENSION) * float(embeddings_of(run, model, config, test).std(0).mean())
     return values
 
 
@@ -750,7 +764,7 @@ def share_of_labels(labels, share, seed):
     return torch.cat([each[:max(1, round(share * len(each)))] for each in members]).sort().values
 
 
-def labels_of(config, row):
+def label_budget(config, row):
     """(network to start from, share of the labels, epochs of them, rate, its factor for the linear layer) of a classifier's row."""
     name, _, kind = row.partition("/")
     if not kind:
@@ -796,16 +810,12 @@ def evaluate(run, data):
                 networks[name] = pretrain(run, data, settings_of(config, name), name)
             else:
                 networks[name] = build(run, config), 0.0
-            if name == "random":
-                encoder = networks[name][0].encoder
-                with run.autocast():
-                    frozen.recalibrate(encoder, lambda images: encoder(whole(images, config)), data.train)
             if name == "checkpoint":
                 networks[name][0].encoder = load_encoder(run, config.checkpoint, config.stem)
         return networks[name]
 
     def classifier(row):
-        start, *budget = labels_of(config, row)
+        start, *budget = label_budget(config, row)
         model, before = network(start)
         model, steps, seconds = classify(run, row, model.encoder, data, *budget)
         return model, steps, before + seconds
@@ -825,7 +835,7 @@ def evaluate(run, data):
             value = 100 * history["loss"][-1][1] / loss_of_guess(settings) if kind == "loss" else values[kind]
             steps = trainer.updates(settings.pretext_epochs, data.unlabeled, settings.batch_size) if name in VARIANTS else 0
             run.record(row, value, steps=steps, seconds=seconds + own, history=history,
-                       metric="% of ln K" if kind in ("loss", "use") else "accuracy")
+                       metric={"loss": "% of ln K", "use": "% of ln K", "spread": "% of an even spread"}.get(kind, "accuracy"))
 
     for name in ["checkpoint"] if config.checkpoint else dict.fromkeys(["swav", "random", "supervised", *VARIANTS]):
         probes(name)

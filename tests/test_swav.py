@@ -90,6 +90,9 @@ def test_identical_samples_get_exactly_uniform_codes_and_the_loss_of_a_guess():
     for prototypes in (3, 30, 300):
         codes = swav.sinkhorn(random_scores(1, prototypes).expand(64, -1))
         assert codes.unique().numel() == 1 and float(codes[0, 0]) == pytest.approx(1 / prototypes, rel=1e-6)
+        rows = random_scores(1, prototypes).expand(64, -1)
+        loss = float(swav.swapped_prediction_loss([rows] * 3, [codes, codes]))
+        assert loss == pytest.approx(float(-(rows[0] / 0.1).log_softmax(0).mean()), rel=1e-5) and loss > math.log(prototypes)
         scores = [torch.full((64, prototypes), 0.3)] * 3
         assert float(swav.swapped_prediction_loss(scores, [codes, codes])) == pytest.approx(math.log(prototypes), abs=1e-5)
 
@@ -136,6 +139,39 @@ def test_an_untrained_network_guesses_and_scores_are_float32(tmp_path):
     assert float(loss.detach()) == pytest.approx(math.log(300) + 0.5 / 128 / 0.1 ** 2, abs=0.15)
 
 
+def test_views_that_agree_cost_less_than_a_guess_and_more_than_the_entropy_of_their_codes():
+    scores = random_scores(256, 300)
+    codes = swav.sinkhorn(scores)
+    loss = float(swav.swapped_prediction_loss([scores, scores], [codes, codes]))
+    assert float(-torch.special.xlogy(codes, codes).sum(1).mean()) < loss < math.log(300) - 0.5
+
+
+def test_prototypes_and_queue_start_at_their_step(tmp_path, monkeypatch):
+    run = some_run(tmp_path, pretext_epochs=3, freeze=2, queue=32, queue_start=1, patience=99)  # two steps an epoch
+    start, seen, real = swav.build(run, run.config).prototypes.weight.detach().clone(), [], swav.swav_loss
+
+    def spy(model, embeddings, numbers, config, learned, queued):
+        weight = model.prototypes.weight
+        state = learned, queued, torch.equal(weight, start), weight.grad is None
+        made = real(model, embeddings, numbers, config, learned, queued)
+        torch.testing.assert_close(weight.norm(dim=1), torch.ones(30))
+        seen.append((*state, model.queue.count))
+        return made
+
+    monkeypatch.setitem(swav.METHODS, "swav", spy)
+    swav.pretrain(run, some_data(), swav.settings_of(run.config, "swav"), "swav")
+    assert seen == [(False, False, True, True, 0)] * 2 + [(False, True, True, True, 32)] * 2 + [
+        (True, True, True, True, 32), (True, True, False, False, 32)]
+
+
+def test_all_arms_start_from_the_same_weights(tmp_path):
+    run = some_run(tmp_path)
+    first = swav.build(run, run.config).state_dict()
+    for variant in swav.VARIANTS:
+        other = swav.build(run, swav.settings_of(run.config, variant), 64).state_dict()
+        assert all(torch.equal(first[k], other[k]) for k in first if k.startswith(("encoder.", "projection.")))
+
+
 def test_no_gradient_flows_through_the_codes():
     z = [unit(16, 128, seed=seed).requires_grad_() for seed in range(2)]
     model = swav.ClusteringNetwork(some_config())
@@ -147,6 +183,9 @@ def test_no_gradient_flows_through_the_codes():
     swav.swapped_prediction_loss([each @ weight.T for each in fixed], codes).backward()
     for each, constant in zip(z, fixed):  # as if the codes were given numbers
         torch.testing.assert_close(each.grad, constant.grad, rtol=1e-4, atol=1e-8)
+    free = weight.clone().requires_grad_()
+    swav.swapped_prediction_loss([each.detach() @ free.T for each in z], codes).backward()
+    torch.testing.assert_close(model.prototypes.weight.grad, free.grad, rtol=1e-4, atol=1e-8)
     codes = [each.clone().requires_grad_() for each in codes]
     swav.swapped_prediction_loss([each.detach().requires_grad_() for each in scores], codes).backward()
     assert codes[0].grad is None and codes[1].grad is None
@@ -164,7 +203,13 @@ def test_two_crop_contrast_is_simclrs_loss():
     assert float(loss) == pytest.approx(float(expected), rel=1e-5) and scores == []
     assert swav.loss_of_guess(some_config(method="simclr", batch_size=8)) == pytest.approx(math.log(15))
     three = float(swav.simclr_loss(None, [*z, unit(8, 128, seed=2)], None, some_config(), True, True)[0])
-    assert three != pytest.approx(float(expected), rel=1e-3)
+    views, terms = [*z, unit(8, 128, seed=2)], []
+    for v, i in ((v, i) for v in range(3) for i in range(2) if i != v):
+        for n in range(8):
+            own = views[v][n] @ views[i][n] / 0.1
+            others = [views[v][n] @ views[j][m] / 0.1 for j in range(2) for m in range(8) if m != n]
+            terms.append(float(torch.stack([own, *others]).logsumexp(0) - own))
+    assert three == pytest.approx(sum(terms) / len(terms), rel=1e-5)
 
 
 # Prototypes and queue
@@ -461,10 +506,20 @@ def test_a_share_of_the_labels_is_a_share_of_every_class():
 def test_what_a_classifier_starts_from_and_is_trained_by():
     config = some_config(label_rates=[0.02, 0.01], head_factors=[250, 20], label_passes=[60, 8], supervised_rate=0.1,
                          supervised_epochs=3)
-    assert swav.labels_of(config, "supervised") == ("random", 1, 3, 0.1, 1)
-    assert swav.labels_of(config, "supervised/percent1") == ("random", 0.01, 60, 0.1, 1)
-    assert swav.labels_of(config, "swav/percent1") == ("swav", 0.01, 60, 0.02, 250)
-    assert swav.labels_of(config, "swav/percent10") == ("swav", 0.1, 8, 0.01, 20)
+    assert swav.label_budget(config, "supervised") == ("random", 1, 3, 0.1, 1)
+    assert swav.label_budget(config, "supervised/percent1") == ("random", 0.01, 60, 0.1, 1)
+    assert swav.label_budget(config, "swav/percent1") == ("swav", 0.01, 60, 0.02, 250)
+    assert swav.label_budget(config, "swav/percent10") == ("swav", 0.1, 8, 0.01, 20)
+
+
+def test_fine_tuning_starts_from_the_network_given_and_its_linear_layer_is_faster(tmp_path, monkeypatch):
+    run, seen = some_run(tmp_path), []
+    monkeypatch.setattr(run, "fit", lambda row, model, *rest, optimizer, **options: seen.append((model, optimizer)) or 0.0)
+    encoder = swav.build(run, run.config).encoder
+    swav.classify(run, "x/percent1", encoder, some_data(), 0.1, 40, 0.02, 250)
+    ((model, optimizer),) = seen
+    assert all(torch.equal(a, b) for a, b in zip(model.encoder.state_dict().values(), encoder.state_dict().values()))
+    assert [group.get("scale", 1) for group in optimizer.param_groups] == [1, 250] and not model.linear.weight.any()
 
 
 @pytest.mark.parametrize("override,message", [
@@ -489,7 +544,8 @@ def test_images_without_colours_get_one_line(tmp_path, capsys, folders, write_pa
 @pytest.mark.parametrize("scale", ["small", "full"])
 def test_two_crops_see_as_many_pixels(scale):
     config = trainer.resolve_config(swav.Config, SETTINGS, scale)
-    seen = [each.pretext_epochs * swav.pixels(each) for each in (config, swav.settings_of(config, "two-crops"))]
+    seen = [each.pretext_epochs * sum(view[0, 0].numel() for view in swav.views_of(some_images(2, 96), each, generator()))
+            for each in (config, swav.settings_of(config, "two-crops"))]
     assert seen[0] == pytest.approx(seen[1]) and sum(swav.settings_of(config, "two-crops").crop_counts) == 2
 
 
@@ -497,7 +553,7 @@ def test_two_crops_see_as_many_pixels(scale):
 def test_a_collapse_ends_the_run_with_one_line_and_is_recorded_where_it_is_meant(tmp_path, capsys, folders, write_packed):
     write_packed(tmp_path, train=64, test=20)
     options = ["--scale", "smoke", "--data", str(tmp_path), *folders, *settings(
-        dataset="cifar10", pretext_epochs=9, ablation_epochs=9, batch_size=16, patience=3, freeze=1, pretext_rate=1, shards=2)]
+        dataset="cifar10", pretext_epochs=9, batch_size=16, patience=3, freeze=1, pretext_rate=1, shards=2)]
     assert swav.main([*options, "--rows", "swav/knn20", *settings(epsilon=1)]) == 3
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1 and "swav collapsed: from step" in error and "that of a guess 3.401" in error
@@ -535,15 +591,21 @@ def test_use_of_prototypes():
 
 # Short training
 def test_pictures_are_told_apart(tmp_path):
-    """The loss leaves ln K and the crops of an image end near one another."""
+    """The loss leaves ln K, with the watch on, and most crops of an image end at the same prototype, while all are in use."""
     images = F.interpolate(torch.rand(64, 3, 3, 3, generator=generator()), 40, mode="bilinear").mul(255).byte()
     split = Resident(images, torch.zeros(64, dtype=torch.int64))
     run = some_run(tmp_path, pretext_epochs=30, batch_size=32, jitter=0, grey=0, crop_scales=[0.5, 1, 0.3, 0.5], freeze=2,
-                   width=0.25, prototypes=10, pretext_rate=2, patience=99)
+                   width=0.25, prototypes=10, pretext_rate=2, patience=5)
     model, _ = swav.pretrain(run, ImageSet("x", split, split, 2), swav.settings_of(run.config, "swav"), "x")
     losses = [mean for _, mean in run.history["x"]["loss"]]
     assert losses[-1] < 0.9 * math.log(10) < losses[0]
     assert run.history["x"]["ln K"][0][1] == pytest.approx(math.log(10), abs=1e-4)
+    model.eval()
+    with torch.no_grad():
+        scores = [F.linear(model.project(model.encoder(swav.standardize(view))), F.normalize(model.prototypes.weight, dim=1))
+                  for view in swav.multi_crop(images.float() / 255, (32,), (2,), [(0.5, 1)], generator(5))]
+    assert float((scores[0].argmax(1) == scores[1].argmax(1)).float().mean()) > 0.5
+    assert float(swav.use_of_prototypes(scores[0])[0]) > 0.7 * math.log(10)
 
 
 TRAINED = ["--rows", "swav/loss,deepcluster/loss,simclr/knn20"]
@@ -635,7 +697,7 @@ def test_two_ranks_equal_one_and_go_on_after_one_that_was_killed(tmp_path, whole
         tolerance = 2e-2 if name == "deepcluster.pt" else 1e-4  # a sample between two clusters may go to the other
         torch.testing.assert_close(second[name]["trace"][0], state["trace"][0], rtol=0, atol=tolerance,
                                    msg=lambda m: f"{name}: {m}")
-        assert float(state["trace"][0].std()) > 5e-3, name  # far more than the tolerance
+        assert float(state["trace"][0].std()) > 4 * tolerance, name
     torch.testing.assert_close(second["swav.pt"]["model"]["queue.features"], first["swav.pt"]["model"]["queue.features"], rtol=0,
                                atol=1e-3)
     records = records_of(tmp_path)
@@ -681,7 +743,7 @@ def test_every_kind_of_row_runs_and_keeps_to_deterministic_operations(tmp_path, 
     write_packed(tmp_path, train=160, test=40)
     monkeypatch.setattr(trainer.Run, "has", lambda run, row: True)
     options = ["--scale", "smoke", "--data", str(tmp_path), *folders, *settings(
-        dataset="cifar10", pretext_epochs=0.4, ablation_epochs=0.4, supervised_epochs=0.4, label_passes=[40, 4], blur=0.5,
+        dataset="cifar10", pretext_epochs=0.4, supervised_epochs=0.4, label_passes=[40, 4], blur=0.5,
         queue=64, shards=2)]
     assert swav.main(options) == 0
     assert len(graphs) > 20 and not graphs.offenders()
@@ -699,5 +761,5 @@ def test_probes_leave_the_network_as_it_is(tmp_path):
     model = swav.build(run, run.config)
     before = copy.deepcopy(model.state_dict())
     swav.measures(run, model, run.config, ["knn20", "linear", "use"], data.train, data.test)
-    swav.classify(run, "x/percent10", model.encoder, data, *swav.labels_of(run.config, "x/percent10")[1:])
+    swav.classify(run, "x/percent10", model.encoder, data, *swav.label_budget(run.config, "x/percent10")[1:])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items() if torch.is_tensor(tensor))
