@@ -345,8 +345,11 @@ def views_of(images, config, generator):
     """(N,3,H,W) uint8 -> list of sum(crop_counts) crops, ready for the network; those of the first size come first."""
     scales = list(zip(config.crop_scales[::2], config.crop_scales[1::2]))
     views = multi_crop(images.float() / 255, config.crop_sizes, config.crop_counts, scales, generator)
-    views = [distort_colors(view, config.jitter, config.grey, generator) for view in views]
-    return [standardize(blur(view, config.blur, generator) if config.blur else view) for view in views]
+    made = []
+    for count in config.crop_counts:  # those of one size at once
+        crops = distort_colors(torch.cat(views[len(made):len(made) + count]), config.jitter, config.grey, generator)
+        made += standardize(blur(crops, config.blur, generator) if config.blur else crops).chunk(count)
+    return made
 
 
 def whole(images, config):
@@ -721,9 +724,12 @@ def features_of(run, config, split, function):
 
 
 def recalibrate(run, model, config, split):
-    """A network in eval mode, all of its batch-norm statistics those of whole images of the split."""
+    """A network in eval mode, all of its batch-norm statistics those of whole images of the split, of which each rank takes a share."""
+    rank, ranks = trainer.rank_and_ranks()
+
     def forward(images):
-        features = model.encoder(whole(images, config))
+        share = len(images) // ranks
+        features = model.encoder(whole(images[rank * share:(rank + 1) * share], config))
         return model.project(features) if hasattr(model, "project") else features
     with run.autocast():
         return frozen.recalibrate(model, forward, split)
