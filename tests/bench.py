@@ -1,6 +1,7 @@
 """Speed against the usual ways: ratios measured in one run on this machine (./run_all.sh bench [smoke|small|full]).
 
-1. A full training step (draw, crop, flip, turn, normalise, train) against the same step on a batch prepared beforehand.
+1. A full training step (draw, crop, flip, turn, normalise, train) against the same step on a batch prepared beforehand; for
+   rotation, and the same for the other papers' pre-training.
 2. The same network, batch and number of steps the idiomatic way: per-sample torchvision transforms in a DataLoader with a
    worker per core, float32.
 3. Arithmetic achieved in the step against that of a large matrix product on the same device.
@@ -18,9 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.transforms import functional as image_functional
 
+from papers import doersch_context, noroozi_jigsaw, swav, zhang_colorization
 from papers import gidaris_rotation as rotation
 from replicate import evaluate, trainer
-from replicate.data import Resident
+from replicate.data import ImageSet, Resident
 
 
 def timed(function, device, repeats):
@@ -50,6 +52,51 @@ class Rotations(Dataset):
     def __getitem__(self, index):
         image = self.augment(self.images[index])
         return torch.stack([self.finish(image.rotate(90 * turns)) for turns in range(4)]), torch.arange(4)
+
+
+PRETRAIN = {  # paper's module -> its pre-training
+    doersch_context: lambda run, data: doersch_context.pretrain(run, data, run.config, 1, "bench"),
+    noroozi_jigsaw: lambda run, data: noroozi_jigsaw.pretrain(run, data, run.config, 1, "bench"),
+    zhang_colorization: lambda run, data: zhang_colorization.pretrain(
+        run, data, run.config, zhang_colorization.make_palette(run, data.train), "bench"),
+    swav: lambda run, data: swav.pretrain(run, data, run.config, "bench"),
+}
+
+
+def drawing(paper, scale, device, steps):
+    """Print what drawing the batch adds to a step of a paper's pre-training: `fit` is replaced by a few timed steps."""
+    config = trainer.resolve_config(paper.Config, trainer.ROOT / "papers" / f"{paper.__name__.split('.')[-1]}.yaml", scale)
+    side = config.image_size
+    images = torch.randint(0, 256, (4 * config.batch_size, 3, side, side), dtype=torch.uint8, device=device)
+    split = Resident(images, torch.arange(len(images), device=device) % 10)
+    with tempfile.TemporaryDirectory() as folder:
+        run = trainer.Run(paper.__file__, config, scale, device, suite="bench", results=folder, runs=folder)
+        draw, drawn = run.augment, []
+
+        def once(*arguments):
+            if not drawn:
+                drawn.append(draw(*arguments))
+            return drawn[0]
+
+        def fit(purpose, model, objective, batches, *, optimizer, **rest):
+            batch = next(batches(0))
+
+            def step(number):
+                with run.autocast():
+                    loss = objective(batch, number)["loss"]
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            full = timed(step, device, steps)
+            run.augment = once
+            prepared = timed(step, device, steps)
+            name = f"{run.paper}: full step / prepared"
+            print(f"{name:45}{full / prepared:6.2f}   ({1000 * full:.1f} ms / {1000 * prepared:.1f} ms, {config.batch_size} images)")
+            run.history[purpose] = {"loss": []}
+            return 0.0
+
+        run.fit = fit
+        PRETRAIN[paper](run, ImageSet("bench", split, split, 10))
 
 
 def main(scale, steps):
@@ -110,6 +157,8 @@ def main(scale, steps):
     print(f"step's arithmetic / matrix product{operations / full / product:6.2f}   "
           f"({operations / full / 1e12:.3f} / {product / 1e12:.3f} TFLOP/s, {str(kind)[6:]})")
     print(f"linear probe 10,000 x 4,096       {probe:6.1f} s")
+    for paper in PRETRAIN:
+        drawing(paper, scale, device, steps)
 
 
 if __name__ == "__main__":
