@@ -267,14 +267,21 @@ TO_XYZ = torch.tensor([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.07
 FROM_XYZ = TO_XYZ.inverse()
 
 
-def rgb_to_lab(rgb):
-    """(N,3,H,W) sRGB in 0..1 -> CIE Lab under D65: L in 0..100, a and b in about -108..98.  In float64 inside: the way back
-    multiplies errors."""
-    values = rgb.double()
-    linear = torch.where(values > 0.04045, ((values + 0.055) / 1.055) ** 2.4, values / 12.92)
-    xyz = torch.einsum("ij,njhw->nihw", TO_XYZ.to(rgb.device), linear)
+def linear_rgb(values):
+    """sRGB in 0..1 -> proportional to light."""
+    return torch.where(values > 0.04045, ((values + 0.055) / 1.055) ** 2.4, values / 12.92)
+
+
+def linear_to_lab(linear):
+    """(N,3,H,W) linear RGB -> CIE Lab under D65: L in 0..100, a and b in about -108..98."""
+    xyz = torch.einsum("ij,njhw->nihw", TO_XYZ.to(linear.device, linear.dtype), linear)
     x, y, z = torch.where(xyz > 0.008856, xyz ** (1 / 3), 7.787 * xyz + 16 / 116).unbind(1)
-    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1).to(rgb.dtype)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
+
+
+def rgb_to_lab(rgb):
+    """(N,3,H,W) sRGB in 0..1 -> CIE Lab.  In float64 inside: the way back multiplies errors."""
+    return linear_to_lab(linear_rgb(rgb.double())).to(rgb.dtype)
 
 
 def lab_to_rgb(lab):
@@ -287,9 +294,12 @@ def lab_to_rgb(lab):
     return torch.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear).to(lab.dtype)
 
 
+LEVELS = linear_rgb(torch.arange(256, dtype=torch.float64) / 255).float()
+
+
 def lab_of(images):
-    """(N,3,H,W) uint8 -> CIE Lab."""
-    return rgb_to_lab(images.float() / 255)
+    """(N,3,H,W) uint8 -> CIE Lab, in float32: within 1e-3."""
+    return linear_to_lab(LEVELS.to(images.device)[images.int()])
 
 
 def gamut_bins(step=10):

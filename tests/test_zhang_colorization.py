@@ -84,6 +84,13 @@ def test_lab_and_back():
     assert torch.equal((zhang.lab_to_rgb(zhang.rgb_to_lab(bytes_.float() / 255)) * 255).round().byte(), bytes_)
 
 
+def test_the_fast_way_to_lab_is_the_exact_one():
+    every = torch.randint(0, 256, (4, 3, 100, 100), generator=generator(), dtype=torch.uint8)
+    every[0] = torch.arange(10000).view(100, 100).remainder(256).byte()  # greys, and black, on both sides of the bends
+    exact = zhang.rgb_to_lab(every.double() / 255)
+    assert float((zhang.lab_of(every) - exact).abs().max()) < 1e-3
+
+
 def test_white_black_grey_and_red():
     def lab_of(*rgb):
         return zhang.rgb_to_lab(torch.tensor(rgb).view(1, 3, 1, 1)).flatten().tolist()
@@ -315,7 +322,7 @@ def test_targets_are_every_fourth_pixel_of_a_mirrored_crop():
     images, config = some_images(40, 48), some_config(crop_size=32, image_size=48)
     lightness, ab, encoded, weights = zhang.examples(images, config, some_palette(), torch.arange(313.0), generator(5))
     crops = zhang.crop_and_flip(images, 32, generator(5))
-    lab = zhang.rgb_to_lab(crops.float() / 255)
+    lab = zhang.lab_of(crops)
     assert lightness.shape == (40, 1, 32, 32) and encoded.shape == (40, 313, 8, 8) and torch.equal(ab, lab[:, 1:, ::4, ::4])
     torch.testing.assert_close(lightness, lab[:, :1] - 50)
     assert torch.equal(weights, encoded.argmax(1).float())
