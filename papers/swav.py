@@ -680,8 +680,8 @@ def recluster(run, model, config, split, step):
     if step == 0:
         start = split.take(range(min(len(split), 2000))) if run.plan else split
         recalibrate(run, model, config, start)
-        features = features_of(run, config, start, lambda images: model.project(model.encoder(images)))
-        model.memory[:, :len(features)] = features
+        embeddings = embeddings_of(run, model, config, start)
+        model.memory[:, :len(embeddings)] = embeddings
         model.train()
         torch.clear_autocast_cache()  # or the step would take the weights cast here, without gradient
     for head in range(HEADS):
@@ -740,9 +740,9 @@ def embeddings_of(run, model, config, split):
     return features_of(run, config, split, lambda images: model.project(model.encoder(images)))
 
 
-def prototype_scores(run, model, config, split):
-    """(N,K): the z of each image against each prototype."""
-    return F.linear(embeddings_of(run, model, config, split), F.normalize(model.prototypes.weight.detach(), dim=1))
+def prototype_scores(model, embeddings):
+    """(N,D) -> (N,K): each z against each prototype."""
+    return F.linear(embeddings, F.normalize(model.prototypes.weight.detach(), dim=1))
 
 
 def measures(run, model, config, kinds, train, test):
@@ -755,10 +755,10 @@ def measures(run, model, config, kinds, train, test):
     for kind in probes:
         values[kind] = (frozen.linear_probe(train_x, train.labels, test_x, test.labels, seed=run.seed) if kind == "linear" else
                         frozen.knn_accuracy(train_x, train.labels, test_x, test.labels, k=int(kind.removeprefix("knn"))))
-    if "use" in kinds:
-        values["use"] = 100 * float(use_of_prototypes(prototype_scores(run, model, config, test))[0]) / math.log(config.prototypes)
-    if "spread" in kinds:
-        values["spread"] = 100 * math.sqrt(DIMENSION) * float(embeddings_of(run, model, config, test).std(0).mean())
+    if "use" in kinds or "spread" in kinds:
+        z = embeddings_of(run, model, config, test)
+        values["use"] = 100 * float(use_of_prototypes(prototype_scores(model, z))[0]) / math.log(config.prototypes)
+        values["spread"] = 100 * math.sqrt(DIMENSION) * float(z.std(0).mean())
     return values
 
 
@@ -855,7 +855,7 @@ def evaluate(run, data):
 def figures(run, model, data):
     """The eight test images nearest to each of 16 prototypes; for how many each prototype is the nearest (red: all alike)."""
     model.eval()
-    scores = prototype_scores(run, model, run.config, data.test)
+    scores = prototype_scores(model, embeddings_of(run, model, run.config, data.test))
     counts = scores.argmax(1).bincount(minlength=scores.shape[1]).cpu()
     prototypes = counts.argsort(descending=True, stable=True)[torch.linspace(0, len(counts) - 1, 16).long()]
     nearest = scores[:, prototypes.to(scores.device)].topk(min(8, len(scores)), 0).indices.T  # (16, 8)

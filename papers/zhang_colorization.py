@@ -35,6 +35,7 @@ Deviations
 """
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 import sys
@@ -264,7 +265,6 @@ def crop_and_flip(images, size, generator):
 # The idea: colours as a distribution over a few hundred
 TO_XYZ = torch.tensor([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]],
                       dtype=torch.float64) / torch.tensor([[0.95047], [1.0], [1.08883]], dtype=torch.float64)  # white: 1, 1, 1
-FROM_XYZ = TO_XYZ.inverse()
 
 
 def linear_rgb(values):
@@ -272,9 +272,17 @@ def linear_rgb(values):
     return torch.where(values > 0.04045, ((values + 0.055) / 1.055) ** 2.4, values / 12.92)
 
 
+@functools.lru_cache(maxsize=None)
+def constants(device, dtype):
+    """(TO_XYZ, its inverse, linear RGB of each of 256 levels) on a device, copied there once."""
+    levels = linear_rgb(torch.arange(256, dtype=torch.float64) / 255)
+    return tuple(tensor.to(device, dtype) for tensor in (TO_XYZ, TO_XYZ.inverse(), levels))
+
+
 def linear_to_lab(linear):
     """(N,3,H,W) linear RGB -> CIE Lab under D65: L in 0..100, a and b in about -108..98."""
-    xyz = torch.einsum("ij,njhw->nihw", TO_XYZ.to(linear.device, linear.dtype), linear)
+    with torch.autocast(linear.device.type, enabled=False):  # bfloat16 would be off by several a or b
+        xyz = torch.einsum("ij,njhw->nihw", constants(linear.device, linear.dtype)[0], linear)
     x, y, z = torch.where(xyz > 0.008856, xyz ** (1 / 3), 7.787 * xyz + 16 / 116).unbind(1)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
 
@@ -290,16 +298,13 @@ def lab_to_rgb(lab):
     y = (lightness + 16) / 116
     roots = torch.stack([y + a / 500, y, y - b / 200], 1)
     xyz = torch.where(roots > 0.2068966, roots ** 3, (roots - 16 / 116) / 7.787)
-    linear = torch.einsum("ij,njhw->nihw", FROM_XYZ.to(lab.device), xyz).clamp(0, 1)
+    linear = torch.einsum("ij,njhw->nihw", constants(lab.device, torch.float64)[1], xyz).clamp(0, 1)
     return torch.where(linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear).to(lab.dtype)
-
-
-LEVELS = linear_rgb(torch.arange(256, dtype=torch.float64) / 255).float()
 
 
 def lab_of(images):
     """(N,3,H,W) uint8 -> CIE Lab, in float32: within 1e-3."""
-    return linear_to_lab(LEVELS.to(images.device)[images.int()])
+    return linear_to_lab(constants(images.device, torch.float32)[2][images.int()])
 
 
 def gamut_bins(step=10):
@@ -783,7 +788,7 @@ def evaluate(run, data):
                 run.record(row, values[measure], steps=steps * (name in VARIANTS), seconds=seconds + own,
                            metric="ratio" if measure == "chroma-ratio" else "AuC, %")
     shown = ("l2", "class", "full")
-    if (run.seed == 0 and not run.plan and not (run.suite / f"{run.paper}_bins.png").exists()
+    if (run.seed == 0 and not run.plan and (networks or not (run.suite / f"{run.paper}_bins.png").exists())
             and all(run.value(f"{name}/auc-raw") is not None for name in shown)):
         models = {name: network(name)[0] for name in shown}  # those that an earlier start has trained are read
         if run.rank == 0:
