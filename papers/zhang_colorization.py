@@ -304,7 +304,8 @@ def lab_to_rgb(lab):
 
 def lab_of(images):
     """(N,3,H,W) uint8 -> CIE Lab, in float32: within 1e-3."""
-    return linear_to_lab(constants(images.device, torch.float32)[2][images.int()])
+    levels = constants(images.device, torch.float32)[2]
+    return linear_to_lab(levels.index_select(0, images.flatten().int()).view(images.shape))
 
 
 def gamut_bins(step=10):
@@ -345,18 +346,26 @@ def nearest_colors(ab, bins, neighbors, candidates=None):
         side = len(candidates)
         row, column = ((ab + 128) * (side / 256)).long().clamp(0, side - 1).unbind(1)
         near = candidates[row, column]  # (M, C)
-    squares = (ab[:, None] - bins[near]).square().sum(2)
+    squares = (ab[:, None] - F.embedding(near, bins)).square().sum(2)
     squares, chosen = squares.topk(neighbors, dim=1, largest=False)
     return squares, near.gather(1, chosen)
 
 
+def spread_colors(ab, bins, neighbors, sigma, candidates=None):
+    """(N,2,H,W) -> shares (N,H,W,k), falling, of sum 1, that each colour has in its nearest of bins (Q,2), and which these are."""
+    squares, chosen = nearest_colors(ab.permute(0, 2, 3, 1).flatten(0, 2), bins, neighbors, candidates)
+    shares = torch.softmax(-squares / (2 * sigma ** 2), 1)
+    return tuple(each.view(len(ab), *ab.shape[2:], neighbors) for each in (shares, chosen))
+
+
 def soft_encode(ab, bins, neighbors=5, sigma=5.0, candidates=None):
     """(N,2,H,W) -> (N,Q,H,W): each colour spread over its nearest of bins (Q,2), weights exp(-d^2 / 2 sigma^2), of sum 1."""
-    points = ab.permute(0, 2, 3, 1).flatten(0, 2)
-    squares, chosen = nearest_colors(points, bins, neighbors, candidates)
-    encoded = torch.zeros(len(points), len(bins), device=ab.device)
-    encoded.scatter_(1, chosen, torch.softmax(-squares / (2 * sigma ** 2), 1))
-    return encoded.view(len(ab), *ab.shape[2:], len(bins)).permute(0, 3, 1, 2)
+    return dense(*spread_colors(ab, bins, neighbors, sigma, candidates), len(bins))
+
+
+def dense(shares, chosen, count):
+    """(N,H,W,k) both -> (N,count,H,W), zero for what is not chosen."""
+    return torch.zeros(*shares.shape[:3], count, device=shares.device).scatter_(3, chosen, shares).permute(0, 3, 1, 2)
 
 
 def rebalancing_weights(prior, mix=0.5):
@@ -413,8 +422,9 @@ def examples(images, config, palette, weights, generator):
     """(N,3,S,S) uint8 -> lightness (N,1,s,s) less 50, colours (N,2,s/4,s/4), their encoding (N,Q,s/4,s/4), weights (N,s/4,s/4)."""
     lab = lab_of(crop_and_flip(images, config.crop_size, generator))
     ab = lab[:, 1:, ::STRIDE, ::STRIDE]
-    encoded = soft_encode(ab, palette.bins, config.neighbors, config.sigma, palette.candidates)
-    return lab[:, :1] - 50, ab, encoded, weights[encoded.argmax(1)] * is_colored(lab[:, 1:])[:, None, None]
+    shares, chosen = spread_colors(ab, palette.bins, config.neighbors, config.sigma, palette.candidates)
+    encoded = dense(shares, chosen, len(palette.bins))
+    return lab[:, :1] - 50, ab, encoded, weights[chosen[..., 0]] * is_colored(lab[:, 1:])[:, None, None]
 
 
 # Network
