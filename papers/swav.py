@@ -28,7 +28,8 @@ Deviations
     iterate: the official code reports the best epoch on the validation set.
  9. Convolutions and matrix products run in bfloat16 (--set precision=float32 for none); norms, scores, codes, losses in float32.
 10. Left out: transfer to Places205, iNaturalist, VOC and COCO, SeLa-v2, uncurated images.  Wider networks: --set width=2.
-11. Scale small: less training and a narrow network of ten layers (see the YAML); values are not comparable, claims are.
+11. Scale small: less training and a narrow network of ten layers (see the YAML), with harder codes (epsilon) and a rate chosen
+    on a slice of train: at 0.05 so short a training stays near ln K.  Values are not comparable, claims are.
 
     python -m papers.swav --scale small        # Imagenette, about 20 minutes a seed on two CPU cores
     python -m papers.swav --scale full         # Imagenette, one data-centre GPU
