@@ -24,8 +24,9 @@ Deviations
  8. Probes see whole images scaled to test_size (paper: the middle 224 of 256 pixels); the linear one is logistic regression without
     augmentation.  Batch-norm statistics of all networks, the random one and checkpoints too, are taken anew from 500
     training images.  1 % and 10 % of the labels are drawn by the seed, class by class; the paper has fixed lists.  Fine-tuning has
-    warm-up and cosine (official code: steps), a head that starts at zero, and rates not tuned for either arm.  Always the last
-    iterate: the official code reports the best epoch on the validation set.
+    warm-up and cosine (official code: steps) and a head that starts at zero.  Rates from scratch and of fine-tuning: not tuned,
+    at scale small each the best of the same few on a slice of train.  Always the last iterate: the official code reports the
+    best epoch on the validation set.
  9. Convolutions and matrix products run in bfloat16 (--set precision=float32 for none); norms, scores, codes, losses in float32.
 10. Left out: transfer to Places205, iNaturalist, VOC and COCO, SeLa-v2, uncurated images.  Wider networks: --set width=2.
 11. Scale small: less training and a narrow network of ten layers (see the YAML), with harder codes (epsilon) and a rate chosen
@@ -345,7 +346,7 @@ def standardize(images):
 def views_of(images, config, generator):
     """(N,3,H,W) uint8 -> list of sum(crop_counts) crops, ready for the network; those of the first size come first."""
     scales = list(zip(config.crop_scales[::2], config.crop_scales[1::2]))
-    views = multi_crop(images.float() / 255, config.crop_sizes, config.crop_counts, scales, generator)
+    views = multi_crop(images.float().div_(255), config.crop_sizes, config.crop_counts, scales, generator)
     made = []
     for count in config.crop_counts:  # those of one size at once
         crops = distort_colors(torch.cat(views[len(made):len(made) + count]), config.jitter, config.grey, generator)
