@@ -24,9 +24,9 @@ Deviations
  8. Probes see whole images scaled to test_size (paper: the middle 224 of 256 pixels); the linear one is logistic regression without
     augmentation.  Batch-norm statistics of all networks, the random one and checkpoints too, are taken anew from 500
     training images.  1 % and 10 % of the labels are drawn by the seed, class by class; the paper has fixed lists.  Fine-tuning has
-    warm-up and cosine (official code: steps) and a head that starts at zero.  Rates from scratch and of fine-tuning: not tuned,
-    at scale small each the best of the same few on a slice of train.  Always the last iterate: the official code reports the
-    best epoch on the validation set.
+    warm-up and cosine (official code: steps) and a head that starts at zero.  Rates of fine-tuning and from scratch: at scale
+    small each the best of the same few on a slice of train, else not tuned.  Always the last iterate: the official code reports
+    the best epoch on the validation set.
  9. Convolutions and matrix products run in bfloat16 (--set precision=float32 for none); norms, scores, codes, losses in float32.
 10. Left out: transfer to Places205, iNaturalist, VOC and COCO, SeLa-v2, uncurated images.  Wider networks: --set width=2.
 11. Scale small: less training and a narrow network of ten layers (see the YAML), with harder codes (epsilon) and a rate chosen
