@@ -273,13 +273,13 @@ def render_paper(suite: str, literals: dict, rows: dict[str, dict], claims: list
         cell = "failed" if ours["failed"] else "not run"
         if ours["values"]:
             spread = "" if ours["sd"] is None else f" ± {ours['sd']:.2f}"
-            cell = f"{ours['mean']:.2f}{'†' if ours['changed'] else ''}{spread} ({len(ours['values'])})"
+            cell = f"{ours['mean']:z.2f}{'†' if ours['changed'] else ''}{spread} ({len(ours['values'])})"
         compared = bool(ours["values"]) and published is not None
         metrics = sorted({record.get("metric", "accuracy") for record in ours["pooled"]} - {"accuracy"})
         notes = metrics + ["not comparable"] * (compared and suite not in literals["COMPARABLE"]) + ours["notes"]
         command = f"{literals['command']} --scale {scale} --rows '{glob.escape(row)}'{where_from}"
         table.append([row, paper + (f" ({where})" if where else ""), cell,
-                      f"{round(ours['mean'] - published, 2) + 0.0:+.2f}" if compared else "", "; ".join(notes),
+                      f"{ours['mean'] - published:+z.2f}" if compared else "", "; ".join(notes),
                       "" if ours["seconds"] is None else f"{ours['seconds']:.0f}",
                       f"`{command}`" if ours["values"] or ours["failed"] else ""])
     pooled = [record for ours in rows.values() for record in ours["pooled"]]
@@ -310,7 +310,7 @@ def render_paper(suite: str, literals: dict, rows: dict[str, dict], claims: list
     if seeds:
         lines += ["", "## Every seed", ""]
         lines += make_table(["row", *(f"seed {seed}" for seed in seeds)], [
-            [row, *(f"{ours['values'][seed]:.2f}" if seed in ours["values"] else "failed" if seed in ours["failed"] else "–"
+            [row, *(f"{ours['values'][seed]:z.2f}" if seed in ours["values"] else "failed" if seed in ours["failed"] else "–"
                     for seed in seeds)] for row, ours in rows.items() if ours["values"] or ours["failed"]])
     if figures:
         lines += ["", "## Figures", ""] + [f"![{name}]({name})" for name in figures]
@@ -320,8 +320,8 @@ def render_paper(suite: str, literals: dict, rows: dict[str, dict], claims: list
 def show_interval(claim: dict) -> str:
     if not claim["n"]:
         return "–"
-    interval = "" if claim["low"] is None else f" [{claim['low']:+.2f}, {claim['high']:+.2f}]"
-    return f"{claim['mean']:+.2f}{interval} ({claim['n']})"
+    interval = "" if claim["low"] is None else f" [{claim['low']:+z.2f}, {claim['high']:+z.2f}]"
+    return f"{claim['mean']:+z.2f}{interval} ({claim['n']})"
 
 
 def round_ticks(low: float, high: float) -> list[float]:
