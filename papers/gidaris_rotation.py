@@ -22,7 +22,8 @@ Deviations
  6. Linear layers before a batch-norm have no bias, which it would subtract.
  7. Scale paper: ImageNet is decoded to a square of 256 pixels first, and random-sized crops are cut from that; 50 epochs with
     the rate lowered at 15, 30 and 45, as released, where the paper trains 30 with steps at 10 and 20.
- 8. Convolutions and matrix products run in bfloat16 (--set precision=float32 for the original's); all else in float32.
+ 8. Convolutions and matrix products run in bfloat16 and hand it on (--set precision=float32 for the original's); parameters, losses
+    and the fitting of plain probes are float32.
  9. Left out: transfer to Places (Table 6) and PASCAL VOC (Table 7), and accuracy over pretext epochs (Fig. 5a).
 10. Scale small: narrower network and less training (see the YAML); values are not comparable, claims are.
 

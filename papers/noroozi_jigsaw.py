@@ -6,7 +6,7 @@ Method.  A 3 x 3 grid of cells is laid on an image and a tile is cut from each c
 neighbours.  The tiles are shuffled by one of P permutations, fixed beforehand and far apart in Hamming distance; the network says
 by which; a guess costs ln P.  It is context-free: each tile goes through the same convolutions alone, and they meet only after
 fc6.  Against short cuts (lines that run on, brightness, the lens's colour fringes) there are the gap, tiles normalised one by one,
-grey puzzles and colour channels shifted against each other; the audit rows take each of these away again.
+grey puzzles and colour channels shifted against each other; the audit rows take these away again, the last two together.
 
 Deviations
  1. Tiles are embedded once and several permutations of the embeddings are scored per image, which costs little because the
@@ -22,10 +22,15 @@ Deviations
     twice the rate and no weight decay, as in the released code.
  7. Evaluation: the paper fine-tunes for PASCAL VOC and on ImageNet with layers locked.  Ours: plain probes on the feature maps
     (at most 4 x 4, scale paper 2 x 2) of whole images (conv1 of AlexNet back at stride 4, as in the paper's transfer), batch-norm
-    statistics of all networks, the random one too, taken anew from 500 training images; few labels and fine-tuning.
- 8. Convolutions and matrix products run in bfloat16 (--set precision=float32 for the original's); all else in float32.
- 9. Left out: PASCAL VOC (Table 1, transfer in Tables 4, 5), locked layers (Table 2), transfer to the puzzles (Table 3).
-10. Scale small: less training and a narrower network (see the YAML); values are not comparable, claims are.
+    statistics of all networks, the random one too, taken anew from 500 training images; few labels and fine-tuning.  Networks of
+    the audit see images prepared as their tiles were, in colour.
+ 8. Convolutions and matrix products run in bfloat16 and hand it on (--set precision=float32 for the original's); parameters, losses
+    and the fitting of plain probes are float32.
+ 9. For audit/no-gap the picture is made smaller until touching tiles reach as far across it as tiles with gaps do, so each also
+    shows 1.7 times as much of it; how the paper did it is not known.  Without colour handling the puzzles are not grey, either.
+10. Left out: PASCAL VOC (Table 1, transfer in Tables 4, 5), locked layers (Table 2), transfer to the puzzles (Table 3), nine of
+    Table 4's sets of permutations.
+11. Scale small: less training and a narrower network (see the YAML); values are not comparable, claims are.
 
     python -m papers.noroozi_jigsaw --scale small        # Imagenette, about 20 minutes a seed on two CPU cores
     python -m papers.noroozi_jigsaw --scale full         # Imagenette, one data-centre GPU
@@ -86,10 +91,10 @@ PAPER = {
     "random/conv4/labels20": (None, "control", True),
     "random/conv4/labels100": (None, "control", True),
     "audit/as-is/puzzle-accuracy": (88.0, "Table 5, 100 permutations", True),
-    "audit/no-gap/puzzle-accuracy": (98.0, "Table 5", False),
+    "audit/no-gap/puzzle-accuracy": (98.0, "Table 5; here tiles also show more", False),
     "audit/no-jitter/puzzle-accuracy": (None, "tiles in the middle; channels still shift", True),
     "audit/no-normalization/puzzle-accuracy": (90.0, "Table 5", False),
-    "audit/no-color-handling/puzzle-accuracy": (89.0, "Table 5", False),
+    "audit/no-color-handling/puzzle-accuracy": (89.0, "Table 5, colour jitter alone; here grey puzzles too", False),
     "audit/aberration/puzzle-accuracy": (None, "fringes, no colour handling", True),
     "audit/aberration-handled/puzzle-accuracy": (None, "fringes, grey puzzles and shifts", True),
     "audit/one-tile/cell-accuracy": (None, "where one tile alone lies, chance 11.1", True),
@@ -116,13 +121,13 @@ PAPER = {
 # (id, row, sign, other row, margin in points, statement, where)
 CLAIMS = [
     ("beats-random", "jigsaw/conv4/linear", ">", "random/conv4/linear", 4.0, "Jigsaw features beat random ones, linear probe",
-     "Table 2"),
-    ("last-falls", "jigsaw/conv4/linear", ">", "jigsaw/conv5/linear", 0.0, "The best layer is not the last: conv4 beats conv5",
+     "survey's table"),
+    ("last-falls", "jigsaw/conv4/linear", ">", "jigsaw/conv5/linear", 0.0, "The best layer is not the last: conv4 beats conv5 (untrained, too)",
      "survey's table"),
     ("few-labels", "jigsaw/finetuned/labels20", ">", "supervised/labels20", 0.0,
      "With 20 labels a class pre-training beats training from scratch", "ours"),
     ("gap-matters", "audit/no-gap/puzzle-accuracy", ">", "audit/no-jitter/puzzle-accuracy", 2.0,
-     "Without the gap the pretext task gets easier (the tiles cover as much of the image)", "Table 5"),
+     "Without the gap the pretext task gets easier (the grid is as large a part of the image)", "Table 5"),
     ("easier-is-worse", "audit/no-gap/conv4/linear", "<", "audit/no-jitter/conv4/linear", 0.0,
      "Without the gap the features get worse", "Table 5"),
     ("normalization-matters", "audit/no-normalization/puzzle-accuracy", ">", "audit/as-is/puzzle-accuracy", 0.0,
@@ -181,7 +186,7 @@ class Config:
     shift: int = 2                      # paper: of each channel of each tile, to either side
     margin: int = 2                     # ours: kept around a tile for the shift, in every variant alike
     fringe: float = 0.0                 # audit: what the green channel is magnified by
-    touching: bool = False              # audit: no gaps; pictures are made smaller, so that the tiles cover as much of them
+    touching: bool = False              # audit: no gaps; pictures are made smaller, so that the grid reaches as far across them
     one_tile: bool = False              # audit: say where a tile lies, from that tile alone
     permutations: int = 64              # ours: paper 1000 in the end, 100 in Table 5
     rule: str = "max-min"               # ours: paper "max-mean"

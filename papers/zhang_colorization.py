@@ -24,7 +24,8 @@ Deviations
  9. Linear probes: logistic regression on maps of at most 4 x 4 (scale paper 2 x 2), of whole images, after pooling; the paper has
     about 9,000 features a layer, random crops and SGD.  The claims' block 4 was chosen beforehand, after the survey's best layer.
     Batch-norm statistics of all networks, the random one too, are taken anew from 500 training images.
-10. Convolutions run in bfloat16 (--set precision=float32 for the original's); all else in float32.
+10. Convolutions run in bfloat16 and hand it on (--set precision=float32 for the original's); parameters, colours, losses and the
+    fitting of plain probes are float32.
 11. Left out: human judges (AMT), "L2, fine-tuned", PASCAL VOC, Places.
 12. Scale small: less training and a narrower network (see the YAML); values are not comparable, claims are.
 
