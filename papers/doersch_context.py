@@ -121,22 +121,23 @@ PAPER = {
 
 # (id, row, sign, other row, margin in points, statement, where)
 CLAIMS = [
-    ("beats-random", "context/conv4/linear", ">", "random/conv4/linear", 2.0, "Context features beat random ones, linear probe",
-     "survey's table"),
-    ("last-falls", "context/conv4/linear", ">", "context/conv5/linear", 0.0, "The best layer is not the last: conv4 beats conv5 (untrained, too)",
-     "survey's table"),
+    ("beats-random", "context/conv4/linear", ">", "random/conv4/linear", 2.0,
+     "Context features beat random ones by 2 points, linear probe", "survey's table"),
+    ("last-falls", "context/conv4/linear", ">", "context/conv5/linear", 0.0,
+     "The best layer is not the last: conv4 beats conv5 (untrained, too)", "survey's table"),
     ("few-labels", "context/finetuned/labels20", ">", "supervised/labels20", 0.0,
      "With 20 labels a class pre-training beats training from scratch", "ours"),
     ("retrieval", "context/retrieval", ">", "random/retrieval", 0.0,
      "Nearest patches share the class more often than by random features", "figure of nearest neighbours"),
     ("gap-matters", "audit/no-gap/position-accuracy", ">", "audit/no-jitter/position-accuracy", 2.0,
-     "Without the gap the pretext task gets easier (both without jitter; the grid is as large a part of the image)", "the method"),
+     "Without the gap the pretext task gets easier by 2 points (both without jitter; the grid is as large a part of the image)",
+     "the method"),
     ("fringes-show", "audit/aberration/position-accuracy", ">", "audit/no-color-handling/position-accuracy", 2.0,
-     "Colour fringes give the place away where colours are left alone", "the method"),
+     "Colour fringes give the place away where colours are left alone: 2 points", "the method"),
     ("dropping-hides-fringes", "audit/aberration-dropping/position-accuracy", "<", "audit/dropping/position-accuracy", -2.0,
      "With colours dropped, fringes add less than 2 points", "the method"),
     ("one-patch-tells-less", "audit/one-patch/position-accuracy", "<", "audit/as-is/position-accuracy", 5.0,
-     "One patch alone tells its place less well than two (after the audit's short training)", "the method"),
+     "One patch alone tells its place less well than two by 5 points (after the audit's short training)", "the method"),
 ]
 
 # (file suffix, title, x axis, y axis, {line: [(x, row)] or (row, scalar)})

@@ -22,19 +22,20 @@ Deviations
  6. SimCLR, a control: every crop is compared with the large crops; with two crops it is SimCLR's own loss.
  7. Two crops are trained for more epochs, until they have seen as many pixels; the paper compares equal epochs.
  8. Probes see whole images scaled to test_size (paper: the middle 224 of 256 pixels); the linear one is logistic regression without
-    augmentation.  Batch-norm statistics of all networks, the random one and checkpoints too, are taken anew from 500
-    training images.  1 % and 10 % of the labels are drawn by the seed, class by class; the paper has fixed lists.  Fine-tuning has
-    warm-up and cosine (official code: steps) and a head that starts at zero.  Rates of fine-tuning and from scratch: at scale
-    small each the best of the same few on a slice of train, else not tuned.  Always the last iterate: the official code reports
-    the best epoch on the validation set.
+    augmentation.  Batch-norm statistics of all probed networks, the random one and checkpoints too, are taken anew from 500
+    training images; classifiers trained on labels, and the pictures, keep the running ones.  1 % and 10 % of the labels are drawn
+    by the seed, class by class; the paper has fixed lists.  Fine-tuning has warm-up and cosine (official code: steps) and a head
+    that starts at zero.  Rates of fine-tuning and from scratch: at scale small each the best of the same few on a slice of train,
+    else not tuned.  Always the last iterate: the official code reports the best epoch on the validation set.
  9. Convolutions and matrix products run in bfloat16 (--set precision=float32 for none); norms, scores, codes, losses in float32.
 10. Left out: transfer to Places205, iNaturalist, VOC and COCO, SeLa-v2, uncurated images.  Wider networks: --set width=2.
 11. Scale small: less training and a narrow network of ten layers (see the YAML), with harder codes (epsilon) and a rate chosen
-    on a slice of train: at 0.05 so short a training stays near ln K.  Values are not comparable, claims are.
+    on a slice of train: at 0.05 so short a training stays near ln K.  They were chosen for SwAV; two crops, DeepCluster-v2 and
+    SimCLR take them over, two crops with the official range of 0.08 to 1 of the image.  Values are not comparable, claims are.
 
     python -m papers.swav --scale small        # Imagenette, about 20 minutes a seed on two CPU cores
     python -m papers.swav --scale full         # Imagenette, one data-centre GPU
-    torchrun --nproc_per_node=64 -m papers.swav --scale paper        # ImageNet, ResNet-50
+    torchrun --nnodes=8 --nproc_per_node=8 -m papers.swav --scale paper        # ImageNet, ResNet-50, on each of 8 machines
     python -m papers.swav --scale full --export FILE        # the network of seed 0 for torchvision.models (trains it if need be)
     python -m papers.swav --scale full --evaluate FILE        # k-NN and linear probe of such a file, of torchvision's or the
                                                               # authors' weights
