@@ -4,6 +4,7 @@ set -o pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 usage="usage: ./run_all.sh [smoke|small|full|paper] [SCRIPT ...] [--seeds 0,1,2] [--rows GLOB] [--data DIR|embedded]
                     [--device auto|cpu|cuda] [--set key=value ...] [--results DIR] [--runs DIR] [--force]
+                    [--jobs N]     so many papers or seeds side by side, each with its share of the cores (data on disk)
        ./run_all.sh plan [SCALE] [SCRIPT ...] [options]     minutes and memory per row, nothing else
        ./run_all.sh tables [--check] [--results DIR]       render the tables from the records, or compare
        ./run_all.sh test [pytest options]                  the test suite
@@ -49,7 +50,7 @@ export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}  # threads that spin while they wait are many times slower on a busy machine
 
 case "${1:-}" in
-    tables) shift; exec "$python" -m replicate.report "$@" ;;
+    tables) shift; export PYTHONSAFEPATH=1; exec "$python" -m replicate.report "$@" ;;
     test) shift; cd "$here" || exit 2
         if [ $# -gt 0 ]; then exec "$python" -m pytest -q tests "$@"; fi
         count=$(nproc 2>/dev/null || echo 1); count=$((count > 4 ? 4 : count)); children=()  # each core takes its share of the tests
@@ -63,9 +64,10 @@ case "${1:-}" in
     bench) shift; exec "$python" "$here/tests/bench.py" "$@" ;;
 esac
 
+export PYTHONSAFEPATH=1  # called from a folder with a papers/ of its own, it runs those beside it
 plan=()
 if [ "${1:-}" = plan ]; then plan=(--plan); shift; fi
-scale=; papers=(); options=(); seeds=; data=(); choice=()
+scale=; papers=(); options=(); seeds=; data=(); choice=(); jobs=1
 while [ $# -gt 0 ]; do
     case "$1" in
         -h|--help) echo "$usage"; exit 0 ;;
@@ -74,6 +76,8 @@ while [ $# -gt 0 ]; do
         --scale=*) scale=${1#*=} ;;
         --seeds) [ $# -gt 1 ] || fail "--seeds needs a value"; seeds=$2; shift ;;
         --seeds=*) seeds=${1#*=} ;;
+        --jobs) [ $# -gt 1 ] || fail "--jobs needs a value"; jobs=$2; shift ;;
+        --jobs=*) jobs=${1#*=} ;;
         --data) [ $# -gt 1 ] || fail "--data needs a value"; data=(--data "$2"); shift ;;
         --data=*) data=(--data "${1#*=}") ;;
         --plan) plan=(--plan) ;;
@@ -89,6 +93,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
+case "$jobs" in ''|*[!0-9]*|0) fail "--jobs takes a whole number from 1, not '$jobs'" ;; esac
 if [ ${#papers[@]} = 0 ]; then
     for script in "$here"/papers/*.yaml; do papers+=("$(basename "$script" .yaml)"); done
 fi
@@ -101,20 +106,39 @@ if [ -z "$seeds" ]; then
     case "$scale" in smoke) seeds=0 ;; *) seeds=0,1,2 ;; esac
 fi
 [ ${#plan[@]} = 0 ] || seeds=${seeds%%,*}
-status=0; failed=(); refused=; stopped=; child=
-trap stopped=1 INT  # the child saves its state and ends with 130
-trap 'stopped=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM
+status=0; failed=(); refused=; stopped=; children=(); names=()
+trap stopped=1 INT  # the children save their states and end with 130
+trap 'stopped=1; [ ${#children[@]} = 0 ] || kill -TERM "${children[@]}" 2>/dev/null' TERM
+if [ "$jobs" -gt 1 ]; then
+    share=$(($(nproc 2>/dev/null || echo 1) / jobs))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((share > 0 ? share : 1))}
+fi
+
+reap() {  # wait until at most $1 children are left, and keep count of how they ended
+    while [ ${#children[@]} -gt "$1" ]; do
+        for slot in "${!children[@]}"; do
+            if [ "$jobs" -gt 1 ] && kill -0 "${children[$slot]}" 2>/dev/null; then continue; fi
+            wait "${children[$slot]}"; code=$?
+            while kill -0 "${children[$slot]}" 2>/dev/null; do wait "${children[$slot]}"; code=$?; done  # a signal ended the wait early
+            if [ $code = 130 ]; then stopped=1; fi
+            if [ $code = 2 ]; then refused="$refused ${names[$slot]% (*}"; fi  # wrong input is wrong for every seed
+            if [ $code != 0 ] && [ $code != 130 ]; then status=$code; failed+=("${names[$slot]}"); fi
+            unset "children[$slot]" "names[$slot]"
+        done
+        if [ ${#children[@]} -gt "$1" ]; then sleep 0.5 & wait $!; fi
+    done
+}
+
 for seed in ${seeds//,/ }; do
     for paper in "${papers[@]}"; do
+        reap $((jobs - 1))
+        if [ -n "$stopped" ]; then break 2; fi
         case " $refused " in *" $paper "*) continue ;; esac
         "$python" -m "papers.$paper" --scale "$scale" --seeds "$seed" "${data[@]}" "${options[@]}" "${plan[@]}" &
-        child=$!
-        wait "$child"; code=$?
-        while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done  # a signal ended the first wait early
-        if [ $code = 130 ] || [ -n "$stopped" ]; then exit 130; fi
-        if [ $code = 2 ]; then refused="$refused $paper"; fi  # wrong input is wrong for every seed
-        if [ $code != 0 ]; then status=$code; failed+=("$paper (seed $seed)"); fi
+        children+=($!); names+=("$paper (seed $seed)")
     done
 done
+reap 0
+if [ -n "$stopped" ]; then exit 130; fi
 if [ ${#failed[@]} -gt 0 ]; then echo "not finished: ${failed[*]}" >&2; fi
 exit $status

@@ -27,7 +27,7 @@ Deviations
     evaluation in float32.
 10. Scale small: fewer steps (see the YAML); values are not comparable, claims are.
 
-    python -m papers.dann --scale small        # about 20 minutes a seed for the main pair on two CPU cores
+    python -m papers.dann --scale small        # two CPU cores: 40 minutes for two seeds side by side
     python -m papers.dann --scale full         # MNIST -> MNIST-M as in Table 2, the USPS pairs, the moons, one data-centre GPU
     python -m papers.dann --scale small --set source=folder:A --set target=folder:B --set image_size=64 --rows 'own/*'
 """

@@ -36,7 +36,7 @@ Deviations
  9. Left out: VOC detection, surface normals (NYUv2), visual data mining.
 10. Scale small: less training and a narrower network (see the YAML); values are not comparable, claims are.
 
-    python -m papers.doersch_context --scale small        # Imagenette, about 20 minutes a seed on two CPU cores
+    python -m papers.doersch_context --scale small        # Imagenette; two CPU cores: half an hour for two seeds side by side
     python -m papers.doersch_context --scale full         # Imagenette, one data-centre GPU
     torchrun --nproc_per_node=8 -m papers.doersch_context --scale paper        # ImageNet, AlexNet
 """

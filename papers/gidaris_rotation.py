@@ -28,7 +28,7 @@ Deviations
  9. Left out: transfer to Places (Table 6) and PASCAL VOC (Table 7), and accuracy over pretext epochs (Fig. 5a).
 10. Scale small: narrower network and less training (see the YAML); values are not comparable, claims are.
 
-    python -m papers.gidaris_rotation --scale small        # CIFAR-10, about 20 minutes a seed on two CPU cores
+    python -m papers.gidaris_rotation --scale small        # CIFAR-10; two CPU cores: half an hour for two seeds side by side
     python -m papers.gidaris_rotation --scale full         # CIFAR-10, the paper's protocol, one data-centre GPU
     torchrun --nproc_per_node=8 -m papers.gidaris_rotation --scale paper        # ImageNet, AlexNet
 """

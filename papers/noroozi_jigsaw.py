@@ -32,7 +32,7 @@ Deviations
     Table 4's sets of permutations.
 11. Scale small: less training and a narrower network (see the YAML); values are not comparable, claims are.
 
-    python -m papers.noroozi_jigsaw --scale small        # Imagenette, about 20 minutes a seed on two CPU cores
+    python -m papers.noroozi_jigsaw --scale small        # Imagenette; two CPU cores: half an hour for two seeds side by side
     python -m papers.noroozi_jigsaw --scale full         # Imagenette, one data-centre GPU
     torchrun --nproc_per_node=8 -m papers.noroozi_jigsaw --scale paper        # ImageNet, AlexNet
 """

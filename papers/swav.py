@@ -33,7 +33,7 @@ Deviations
     on a slice of train: at 0.05 so short a training stays near ln K.  They were chosen for SwAV; two crops, DeepCluster-v2 and
     SimCLR take them over, two crops with the official range of 0.08 to 1 of the image.  Values are not comparable, claims are.
 
-    python -m papers.swav --scale small        # Imagenette, about 20 minutes a seed on two CPU cores
+    python -m papers.swav --scale small        # Imagenette; two CPU cores: half an hour for two seeds side by side
     python -m papers.swav --scale full         # Imagenette, one data-centre GPU
     torchrun --nnodes=8 --nproc_per_node=8 -m papers.swav --scale paper        # ImageNet, ResNet-50, on each of 8 machines
     python -m papers.swav --scale full --export FILE        # the network of seed 0 for torchvision.models (trains it if need be)

@@ -30,7 +30,7 @@ Deviations
 12. Left out: human judges (AMT), "L2, fine-tuned", PASCAL VOC, Places.
 13. Scale small: less training and a narrower network (see the YAML); values are not comparable, claims are.
 
-    python -m papers.zhang_colorization --scale small        # Imagenette, about 20 minutes a seed on two CPU cores
+    python -m papers.zhang_colorization --scale small        # Imagenette; two CPU cores: 40 minutes for two seeds side by side
     python -m papers.zhang_colorization --scale full         # Imagenette, one data-centre GPU
     torchrun --nproc_per_node=8 -m papers.zhang_colorization --scale paper        # ImageNet
     python -m papers.zhang_colorization --colorize IN OUT [--checkpoint FILE]     # a picture or a folder of them

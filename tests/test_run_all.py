@@ -37,12 +37,14 @@ def clone(tmp_path_factory):
 
 
 def test_smoke_from_another_folder_with_spaces_and_no_network(clone, tmp_path):
+    (tmp_path / "papers").mkdir()  # of another project
+    (tmp_path / "papers" / "gidaris_rotation.py").write_text("raise SystemExit(9)")
     prefix = ("unshare", "-rn")
     if not shutil.which("unshare") or subprocess.run([*prefix, "true"], capture_output=True).returncode:
         pytest.skip("no way to switch the network off here")
     result = run_all("smoke", *QUICK, folder=clone, cwd=tmp_path, prefix=prefix)
     assert result.returncode == 0, result.stderr
-    assert not list(tmp_path.iterdir())  # everything lands beside run_all.sh
+    assert [path.name for path in tmp_path.rglob("*")] == ["papers", "gidaris_rotation.py"]  # everything lands beside run_all.sh
     table = (clone / "results" / "smoke" / "gidaris_rotation.md").read_text()
     assert "random/block2/knn" in table and "not run" in table
     assert run_all("tables", "--check", folder=clone, cwd=tmp_path).returncode == 0
@@ -62,7 +64,7 @@ def test_without_a_scale_it_picks_one_and_says_so(clone, tmp_path):
 @pytest.mark.parametrize("arguments,message", [
     (["tiny"], "unknown scale or paper 'tiny'"), (["smoke", "--colour"], "unknown option '--colour'"),
     (["smoke", "gidaris_rotation", "--rows"], "--rows needs a value"), (["smoke", "gidaris_rotation", "--seeds", "x"], "--seeds takes whole numbers"),
-    (["--data", "/does/not/exist"], "no data folder /does/not/exist"),
+    (["--data", "/does/not/exist"], "no data folder /does/not/exist"), (["smoke", "--jobs", "0"], "--jobs takes a whole number from 1"),
 ])
 def test_wrong_words_are_named(clone, arguments, message):
     result = run_all(*arguments, folder=clone)
@@ -86,6 +88,33 @@ def test_a_script_that_is_added_is_found(clone):
     finally:
         (clone / "papers" / "zz_seventh.py").unlink()
         (clone / "papers" / "zz_seventh.yaml").unlink()
+
+
+def test_jobs_run_side_by_side_with_their_share_of_the_cores(clone, tmp_path):
+    """A script that says when it starts and ends; its seed 1 fails, and with wrong input later seeds are not tried."""
+    log = tmp_path / "log"
+    (clone / "papers" / "zz_eighth.py").write_text(
+        "import os, sys, time\n"
+        "seed = sys.argv[sys.argv.index('--seeds') + 1]\n"
+        "def say(word):\n"
+        f"    with open({str(log)!r}, 'a') as file:\n"
+        "        file.write(f\"{word} {seed} {os.environ['OMP_NUM_THREADS']}\\n\")\n"
+        "say('start'), time.sleep(3), say('end')\n"
+        "raise SystemExit({'1': 3, '3': 2}.get(seed, 0))\n")
+    (clone / "papers" / "zz_eighth.yaml").write_text("smoke:\n")
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "OMP_NUM_THREADS"}
+    try:
+        result = subprocess.run([str(clone / "run_all.sh"), "smoke", "zz_eighth", "--seeds", "0,1,2,3,4,5", "--jobs=2"], text=True,
+                                capture_output=True, timeout=120, env=environment, cwd=tmp_path)
+    finally:
+        (clone / "papers" / "zz_eighth.py").unlink()
+        (clone / "papers" / "zz_eighth.yaml").unlink()
+    words = [line.split() for line in log.read_text().splitlines()]
+    assert [word for word, *_ in words[:4]] == ["start", "start", "end", "end"]
+    assert {threads for *_, threads in words} == {str(max(1, os.cpu_count() // 2))}
+    seeds = {seed for _, seed, _ in words}
+    assert seeds >= {"0", "1", "2", "3"} and "5" not in seeds
+    assert result.returncode != 0 and "zz_eighth (seed 1)" in result.stderr and "zz_eighth (seed 3)" in result.stderr
 
 
 def test_options_with_equal_signs_and_the_device_reach_the_choice(clone, tmp_path):
