@@ -64,6 +64,9 @@ case "${1:-}" in
     bench) shift; exec "$python" "$here/tests/bench.py" "$@" ;;
 esac
 
+# Freed memory is kept for the next step instead of being mapped anew: a tenth less time on a CPU, a tenth more memory (glibc only)
+export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-17179869184}
+export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_-67108864}
 export PYTHONSAFEPATH=1  # called from a folder with a papers/ of its own, it runs those beside it
 plan=()
 if [ "${1:-}" = plan ]; then plan=(--plan); shift; fi
