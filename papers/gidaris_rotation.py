@@ -27,6 +27,8 @@ Deviations
     and the fitting of plain probes are float32.
  9. Left out: transfer to Places (Table 6) and PASCAL VOC (Table 7), and accuracy over pretext epochs (Fig. 5a).
 10. Scale small: narrower network and less training (see the YAML); values are not comparable, claims are.
+11. The random control: batch-norm statistics are those of 500 training images, as a trained network's are of its images. The
+    released code leaves them at 0 and 1, and convolutions at torch's initialisation: random-official, to compare with the paper.
 
     python -m papers.gidaris_rotation --scale small        # CIFAR-10; two CPU cores: half an hour for two seeds side by side
     python -m papers.gidaris_rotation --scale full         # CIFAR-10, the paper's protocol, one data-centre GPU
@@ -50,7 +52,8 @@ from replicate import trainer
 # conv and nonlinear are the paper's heads, linear is logistic regression, knn 20 neighbours, labels20 means 20 labels a class.
 PAPER = {
     "supervised": (92.80, "Table 3", True),
-    "random/conv": (72.50, "Table 3", True),
+    "random-official/conv": (72.50, "Table 3", True),
+    "random/conv": (None, "control", True),
     "rotnet4/block2/nonlinear": (89.06, "Tables 1, 2, 3", True),
     "rotnet4/conv": (91.16, "Table 3", True),
     "rotnet4/nonlinear-finetuned": (91.73, "Table 3", False),
@@ -161,6 +164,7 @@ QUARTER_TURNS = (0, 90, 180, 270)
 TRUNKS = {  # networks that get probed: name -> (blocks, degrees of the pretext task; none for the untrained control)
     "rotnet4": (4, QUARTER_TURNS), "random": (4, ()), "rotations0-180": (4, (0, 180)), "rotations90-270": (4, (90, 270)),
     "rotnet3": (3, QUARTER_TURNS), "rotnet5": (5, QUARTER_TURNS), "rotations8": (4, tuple(range(0, 360, 45))),
+    "random-official": (4, ()), "scratch": (4, ()),
     "alexnet": (5, QUARTER_TURNS), "alexnet-random": (5, ()),
 }
 LABELS = (20, 100, 400, 1000)  # a class; 5000 is all of CIFAR-10
@@ -442,6 +446,10 @@ def build(run, name):
     classes = max(len(degrees), 1)  # the control's classifier is never used
     model = (AlexNet(classes, run.config.width) if name.startswith("alexnet")
              else NetworkInNetwork(blocks, classes, run.config.width))
+    if name == "random-official":  # the released networks' own initialisation is never called, which leaves torch's
+        for layer in model.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.reset_parameters()
     return model.to(run.device, memory_format=torch.channels_last)
 
 
@@ -456,9 +464,12 @@ def random_sized_crop(config):
 
 
 def pretrain(run, data, name):
-    """-> (network, seconds): trained to tell rotations apart, or as initialised for the controls."""
+    """-> (network, seconds): trained to tell rotations apart, or as initialised for the controls (deviation 11)."""
     config, (_, degrees) = run.config, TRUNKS[name]
     model = build(run, name)
+    if name == "random":
+        with run.autocast():
+            frozen.recalibrate(model, lambda images: model(central(config, images)), data.train)
     if not degrees:
         return model, 0.0
     augmentation = random_sized_crop(config) if name.startswith("alexnet") else random_crop(config)
@@ -598,9 +609,10 @@ def evaluate(run, data):
     on_finetuning = dict(epochs=config.finetune_epochs, drops=config.conv_drops, rate=config.finetune_rate, finetune=True)
 
     # Table 3.  The supervised network is the untrained trunk's blocks 1 and 2 and a conv head, all trained.
-    probe("random/conv", "random", {"random/conv": 2}, conv, **on_conv)
+    for name in ("random", "random-official"):
+        probe(f"{name}/conv", name, {f"{name}/conv": 2}, conv, **on_conv)
     probe("rotnet4/conv", "rotnet4", {"rotnet4/conv": 2}, conv, **on_conv)
-    probe("supervised", "random", {"supervised": 2}, conv, **on_everything)
+    probe("supervised", "scratch", {"supervised": 2}, conv, **on_everything)
     probe("rotnet4/conv-finetuned", "rotnet4", {"rotnet4/conv-finetuned": 2}, conv, **on_finetuning)
     probe("rotnet4/nonlinear-finetuned", "rotnet4", {"rotnet4/nonlinear-finetuned": 2}, nonlinear, **on_finetuning)
     # Tables 1 and 2
@@ -615,7 +627,7 @@ def evaluate(run, data):
         probe(f"{name}/nonlinear", name, {f"{name}/conv{b}/nonlinear": b for b in (4, 5)}, nonlinear_on_alexnet, **on_nonlinear)
     # Fig. 5b
     for count in LABELS:
-        for name, start, budget in (("rotnet4/conv", "rotnet4", on_conv), ("supervised", "random", on_everything)):
+        for name, start, budget in (("rotnet4/conv", "rotnet4", on_conv), ("supervised", "scratch", on_everything)):
             row = f"{name}/labels{count}"
             probe(row, start, {row: 2}, conv, labels=count, **budget)
     # Beyond the paper: the pretext task itself, linear and nearest-neighbour probes

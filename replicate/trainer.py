@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import fcntl
 import fnmatch
+import functools
 import hashlib
 import io
 import json
@@ -204,16 +205,21 @@ class Run:
                 f"{self.ranks} ranks need shards={self.config.shards} to be a multiple of them and batch size "
                 f"{batch_size} a multiple of shards: --set shards={self.ranks} or another batch size")
 
+        device = split.images.device if hasattr(split, "images") else "cpu"
+
+        @functools.lru_cache(maxsize=2)
+        def permutation(epoch):  # sent to the device once, so that no step waits for it
+            return torch.randperm(length, generator=self.stream(f"{purpose}/shuffle", epoch)).to(device)
+
         def order(step):
-            epochs = {}
             while True:
-                positions = torch.arange(step * batch_size + self.rank * share,
-                                         step * batch_size + (self.rank + 1) * share)
-                needed = (positions // length).unique().tolist()
-                epochs = {epoch: epochs[epoch] if epoch in epochs
-                          else torch.randperm(length, generator=self.stream(f"{purpose}/shuffle", epoch))
-                          for epoch in needed}
-                yield torch.cat([epochs[epoch][positions[positions // length == epoch] % length] for epoch in needed])
+                first = step * batch_size + self.rank * share
+                parts, position = [], first
+                while position < first + share:
+                    start = position % length
+                    parts.append(permutation(position // length)[start:start + first + share - position])
+                    position += len(parts[-1])
+                yield parts[0] if len(parts) == 1 else torch.cat(parts)
                 step += 1
 
         return lambda first_step: split.batches(order(first_step))
