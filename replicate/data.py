@@ -5,30 +5,29 @@ downloaded by torchvision (its addresses and checksums), decoded once and packed
 keys x_train, y_train, x_test, y_test (images NHWC uint8; STL-10 has x_unlabeled too).  The SHA-256 of what was decoded goes
 into every record.
 """
+import argparse
+import contextlib
+import fcntl
 import hashlib
 import io
 import os
 import socket
-import threading
+import sys
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torchvision import datasets
 
 from replicate import embedded
+from replicate.files import decode, list_classes
+from replicate.records import ROOT, InputError, write_atomically
 
-ROOT = Path(__file__).resolve().parents[1]
-PROBE_SECONDS = 10        # how long an unreachable download host may cost before we say so
+DOWNLOAD_SECONDS = 10     # how long a download host may be silent
 RESIDENT_SHARE = 0.25     # of the device's memory that a set may take to be kept there
-
-
-class InputError(Exception):
-    """Something the user gave is wrong: one line, exit status 2, nothing written."""
 
 
 class Resident:
@@ -52,7 +51,11 @@ class Resident:
 
 
 class Streamed:
-    """The same for image files that do not fit: workers decode, batches arrive on the device as uint8 (B,3,S,S)."""
+    """The same for image files that do not fit: threads decode two batches ahead (Pillow lets other threads run while it
+    works, and nothing goes through shared memory, of which containers have little); batches arrive on the device as uint8
+    (B,3,S,S)."""
+
+    AHEAD = 2
 
     def __init__(self, files, labels, size, device):
         self.files, self.labels, self.size, self.device = files, labels, size, device
@@ -60,33 +63,29 @@ class Streamed:
     def __len__(self):
         return len(self.files)
 
-    def __getitem__(self, index):
-        try:
-            return decode(self.files[index], self.size), self.labels[index]
-        except InputError as error:  # a worker's traceback would be many lines: hand the one line over instead
-            return str(error)
-
     def batches(self, order):
-        loader = torch.utils.data.DataLoader(
-            self, batch_sampler=(indices.tolist() for indices in order), collate_fn=_collate,
-            num_workers=min(os.cpu_count() or 1, 16), pin_memory=self.device.type == "cuda", prefetch_factor=2)
-        for batch in loader:
-            if isinstance(batch, str):
-                raise InputError(batch)
-            images, labels = batch
-            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        pool, waiting = ThreadPoolExecutor(min(os.cpu_count() or 1, 16)), deque()
+
+        def collect(indices, futures):
+            images, labels = torch.stack([future.result() for future in futures]), self.labels[indices]
+            if self.device.type == "cuda":
+                images, labels = images.pin_memory(), labels.pin_memory()
+            return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+        try:
+            for indices in order:
+                indices = indices.cpu()
+                waiting.append((indices, [pool.submit(decode, self.files[i], self.size) for i in indices.tolist()]))
+                if len(waiting) > self.AHEAD:
+                    yield collect(*waiting.popleft())
+            while waiting:
+                yield collect(*waiting.popleft())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def take(self, indices):
         indices = torch.as_tensor(indices).tolist()
         return Streamed([self.files[i] for i in indices], self.labels[indices], self.size, self.device)
-
-
-def _collate(samples):
-    for sample in samples:
-        if isinstance(sample, str):
-            return sample
-    images, labels = zip(*samples)
-    return torch.stack(images), torch.stack(labels)
 
 
 @dataclass
@@ -174,9 +173,6 @@ def _torchvision(name, root, download):
 
 RAW = {"cifar10": "cifar-10-batches-py", "mnist": "MNIST/raw", "usps": "usps.bz2", "svhn": "train_32x32.mat",
        "stl10": "stl10_binary"}
-ADDRESS = {"cifar10": datasets.CIFAR10.url, "mnist": datasets.MNIST.mirrors[0],
-           "usps": datasets.USPS.split_list["train"][0], "svhn": datasets.SVHN.split_list["train"][0],
-           "stl10": datasets.STL10.url, "imagenette": datasets.Imagenette._ARCHIVES["full"][0]}
 
 
 def _check_arrays(arrays, classes, shape):
@@ -195,20 +191,34 @@ def _read_packed(name, root):
 
 
 def _packed(path, keys, classes, shape, make):
-    """The arrays of a packed file; one that is damaged is set aside, one that is not there is made."""
-    if path.exists():
+    """The arrays of a packed file; one that is damaged is set aside, one that is not there is made, by one process."""
+    arrays = _read_arrays(path, keys, classes, shape)
+    if arrays is None:
+        with _alone(path):
+            arrays = _read_arrays(path, keys, classes, shape) or _make_packed(path, keys, classes, shape, make)
+    return arrays
+
+
+def _read_arrays(path, keys, classes, shape):
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = [archive[key] for key in keys]
+        _check_arrays(arrays, classes, shape)
+        return [array.astype(np.uint8) for array in arrays]
+    except MemoryError:
+        raise
+    except Exception as error:  # rubbish can make numpy raise nearly anything
+        aside = path.with_suffix(".npz.damaged")
+        print(f"warning: {path} is damaged ({error}); set aside as {aside.name} and made anew", flush=True)
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = [archive[key] for key in keys]
-            _check_arrays(arrays, classes, shape)
-            return [array.astype(np.uint8) for array in arrays]
-        except Exception as error:  # rubbish can make numpy raise nearly anything
-            aside = path.with_suffix(".npz.damaged")
-            print(f"warning: {path} is damaged ({error}); set aside as {aside.name} and made anew", flush=True)
-            try:
-                path.replace(aside)
-            except OSError:
-                raise InputError(f"{path} is damaged and cannot be moved away: delete it") from None
+            path.replace(aside)
+        except OSError:
+            raise InputError(f"{path} is damaged and cannot be moved away: delete it") from None
+
+
+def _make_packed(path, keys, classes, shape, make):
     arrays = make()
     _check_arrays(arrays, classes, shape)
     arrays = [array.astype(np.uint8) for array in arrays]  # so that labels of any type hash alike
@@ -221,68 +231,106 @@ def _packed(path, keys, classes, shape, make):
     return arrays
 
 
+COUNTS = {"cifar10": (50000, 10000), "mnist": (60000, 10000), "usps": (7291, 2007), "svhn": (73257, 26032),
+          "stl10": (5000, 8000)}
+
+
 def _from_torchvision(name, root):
+    """The arrays of a published set; raw files that are damaged are set aside and fetched again."""
     try:
-        return _torchvision(name, root, download=False)
-    except (RuntimeError, FileNotFoundError):  # "Dataset not found or corrupted"; USPS just opens its file
-        pass
+        try:
+            arrays = _torchvision(name, root, download=False)
+            _check_counts(name, arrays)
+            return arrays
+        except ImportError:
+            raise
+        except Exception as error:  # not there, cut short, or an error page under the name: anything may be raised
+            if "not found" not in str(error).lower() and not isinstance(error, FileNotFoundError):
+                _set_raw_aside(name, root, error)
+        arrays = _download(name, root, lambda: _torchvision(name, root, download=True))
+        _check_counts(name, arrays)
+        return arrays
     except ImportError as error:
         raise _needs_package(name, root, error) from None
-    if not (root / RAW[name]).exists() and not reachable(ADDRESS[name]):  # raw archives are unpacked without a network
-        raise InputError(f"no data set '{name}' in {root} and its host cannot be reached: give the folder that holds "
-                         "it with --data DIR, or run on drawn images with --data embedded")
+    except ValueError as error:
+        raise InputError(f"data set '{name}' in {root}: {_line(error)}; remove its files there and repeat") from None
+
+
+def _check_counts(name, arrays):
+    counts = tuple(map(len, arrays[:4:2]))
+    if counts != COUNTS[name]:
+        raise ValueError(f"{counts[0]} and {counts[1]} images where it has {COUNTS[name][0]} and {COUNTS[name][1]}")
+
+
+def _set_raw_aside(name, root, error):
+    """Rename unpacked files that cannot be read; archives stay, since torchvision checks their checksums."""
+    place = root / RAW[name]
+    for path in sorted(place.iterdir()) if place.is_dir() else [place, *root.glob(f"{name}*.bz2")]:
+        if path.is_file() and not path.name.endswith((".gz", ".damaged")):
+            print(f"warning: {path} cannot be read ({_line(error)}); set aside as {path.name}.damaged", flush=True)
+            with contextlib.suppress(OSError):
+                path.replace(path.with_name(path.name + ".damaged"))
+
+
+def _download(name, root, fetch):
     print(f"unpacking or downloading {name} in {root}", flush=True)
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(PROBE_SECONDS)
+    socket.setdefaulttimeout(DOWNLOAD_SECONDS)
     try:
         root.mkdir(parents=True, exist_ok=True)
-        return _torchvision(name, root, download=True)
-    except ImportError as error:
-        raise _needs_package(name, root, error) from None
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"downloading '{name}' to {root} failed ({str(error).splitlines()[0]}): repeat, give the "
-                         "folder that holds it with --data DIR, or use --data embedded") from None
+        return fetch()
+    except ImportError:
+        raise
+    except Exception as error:  # a broken archive can make the unpackers raise nearly anything
+        raise InputError(f"no data set '{name}' in {root}, and it cannot be downloaded ({_line(error)}): repeat, give "
+                         "the folder that holds it with --data DIR, or use --data embedded") from None
     finally:
         socket.setdefaulttimeout(timeout)
 
 
+@contextlib.contextmanager
+def _alone(path):
+    """Keeps other processes from making the same file at once; where the folder cannot be written, nobody makes it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path.with_name(path.name + ".lock"), "w")
+    except OSError:
+        yield
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _needs_package(name, root, error):
-    return InputError(f"data set '{name}': torchvision needs the package {error.name} to unpack it, which is not one of ours: "
-                      f"install it once, or make {root / 'packed' / name}.npz elsewhere")
+    return InputError(f"data set '{name}': torchvision needs the package {error.name} to unpack it, which is not one "
+                      f"of ours: install it once, or make {root / 'packed' / name}.npz elsewhere")
 
 
-def reachable(address):
-    """True if the address's host takes a connection within PROBE_SECONDS, name look-up included.  Asked once a host."""
-    host = urlsplit(address).hostname
-    if host not in _reachable:
-        def connect():
-            try:
-                socket.create_connection((host, 443), timeout=PROBE_SECONDS).close()
-                _reachable[host] = True
-            except OSError:
-                pass
-        thread = threading.Thread(target=connect, daemon=True)
-        thread.start()
-        thread.join(PROBE_SECONDS)
-        _reachable.setdefault(host, False)
-    return _reachable[host]
+def _line(error):
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
-_reachable = {}
+def on_disk(root):
+    """The names of the sets that lie in a data root, packed or as they were published."""
+    names = [name for name in PACKED if (root / "packed" / f"{name}.npz").exists() or (root / RAW[name]).exists()]
+    return names + [name for name in ("imagenette", "imagenet") if _folder(name, root)]
 
 
-def available(name, root):
-    """Where the set comes from: "disk", "download", or None when neither is possible."""
-    root = Path(root)
-    if name.startswith("embedded"):
-        return "disk"
-    if name.startswith("folder:") or name in ("imagenette", "imagenet"):
-        if _folder(name, root):
-            return "disk"
-    elif name in RAW:
-        if (root / "packed" / f"{name}.npz").exists() or (root / RAW[name]).exists():
-            return "disk"
-    return "download" if name in ADDRESS and reachable(ADDRESS[name]) else None
+def pick_scale(data="", device="auto", dataset=""):
+    """(scale, reason): the largest one that makes sense with these data on this machine; nobody is asked for more."""
+    drawn = data == "embedded"
+    if data and not drawn and not Path(data).is_dir():
+        raise InputError(f"no data folder {data}: give --data DIR or --data embedded")
+    root = data_root(None if drawn else data)
+    names = ["embedded"] if drawn else [dataset] if dataset else on_disk(root)
+    if not names:
+        return "smoke", (f"no data set in {root}, so drawn images stand in and the numbers mean nothing; for real ones "
+                         "put the data there, give --data DIR, or name a scale: ./run_all.sh small downloads them")
+    where = ", ".join(f"{name} (on disk)" for name in names)
+    if torch.cuda.is_available() and device != "cpu":
+        return "full", f"a CUDA GPU is visible; data: {where}"
+    return "small", f"no CUDA GPU in use, so the reduced protocol; data: {where}"
 
 
 DRAWN = {"embedded": lambda count, seed, size: embedded.embedded_objects(count, seed, size or 32),
@@ -299,6 +347,9 @@ def _draw(name, size):
 
 
 # Folders of image files
+IMAGENETTE = ((9469, 3925), (12894, 500))  # pictures of train and val, in its second version and in its first
+
+
 def _folder(name, root):
     """The folder with train/ in it, or None."""
     if name.startswith("folder:"):
@@ -308,71 +359,46 @@ def _folder(name, root):
     return next((path for path in candidates if (path / "train").is_dir()), None)
 
 
-def decode(path, size=None):
-    """Image file -> uint8 (3,size,size): RGB, shorter side resized to size (antialiased bilinear), centre cropped; (3,H,W)
-    as it is without a size."""
-    try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-            if min(image.size) < 8:
-                raise InputError(f"image {path} is {image.size[0]} x {image.size[1]} pixels; at least 8 are needed")
-            if size and image.size != (size, size):
-                scale = size / min(image.size)
-                width, height = (max(size, round(side * scale)) for side in image.size)
-                left, top = (width - size) // 2, (height - size) // 2
-                image = image.resize((width, height), Image.BILINEAR).crop((left, top, left + size, top + size))
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise InputError(f"image {path} cannot be read ({str(error).splitlines()[0]}): mend or remove it") from None
-
-
 def _load_folder(name, root, device, size, streamed):
     folder = _folder(name, root)
-    if folder is None and name == "imagenette" and reachable(ADDRESS[name]):
-        print(f"downloading imagenette to {root}", flush=True)
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            datasets.Imagenette(str(root), split="train", size="full", download=True)
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"downloading imagenette to {root} failed ({str(error).splitlines()[0]}): repeat, or give "
-                             "the folder that holds it with --data DIR") from None
+    if folder is None and name == "imagenette":
+        _download(name, root, lambda: datasets.Imagenette(str(root), split="train", size="full", download=True))
         folder = _folder(name, root)
     if folder is None:
         where = name[len("folder:"):] if name.startswith("folder:") else root
         raise InputError(f"no folder with train/<class>/ images for '{name}' in {where}: give it with --data DIR or "
                          "--set dataset=folder:DIR, or use --data embedded")
     test = folder / "test" if (folder / "test").is_dir() else folder / "val"
-    listings = []
-    for part in (folder / "train", test):
-        try:
-            listings.append(datasets.ImageFolder(str(part)))
-        except (FileNotFoundError, OSError) as error:
-            raise InputError(f"no images in {part}: {str(error).splitlines()[0]}") from None
-    train, test = listings
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))
+    listings = [list_classes(part) for part in (folder / "train", test)]
+    names, test_names = (tuple(classes) for _, _, classes in listings)
+    if names != test_names:
+        odd = sorted(set(names) ^ set(test_names))
         raise InputError(f"train and test in {folder} have different classes: {', '.join(odd[:5])}")
-    if len(train.classes) < 2:
-        raise InputError(f"only one class in {folder / 'train'} ({train.classes[0]}): at least two are needed")
+    if len(names) < 2:
+        which = f"only one class in {folder / 'train'} ({names[0]})" if names else f"no classes in {folder / 'train'}"
+        raise InputError(f"{which}: at least two are needed")
+    counts = tuple(len(paths) for paths, _, _ in listings)
+    if name == "imagenette" and counts not in IMAGENETTE:
+        raise InputError(f"{folder} holds {counts[0]} and {counts[1]} pictures where imagenette has 9469 and 3925: complete "
+                         f"it, or take it as it is with --set dataset=folder:{folder}")
     size = size or 128
     memory = (torch.cuda.mem_get_info(device)[1] if device.type == "cuda"
               else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     if streamed is None:
-        streamed = (len(train) + len(test)) * 3 * size * size > RESIDENT_SHARE * memory
-    labels = [torch.tensor([label for _, label in listing.samples]) for listing in (train, test)]
-    names = tuple(train.classes)
+        streamed = sum(counts) * 3 * size * size > RESIDENT_SHARE * memory
+    files = [paths for paths, _, _ in listings]
+    labels = [torch.tensor(numbers) for _, numbers, _ in listings]
     if streamed:  # reading a million files to hash them would take hours: names, sizes and labels stand for them
         digest = hashlib.sha256(f"size {size}".encode())
-        for path, _ in (*train.samples, *test.samples):
+        for path in (*files[0], *files[1]):
             digest.update(f"{Path(path).relative_to(folder)} {os.path.getsize(path)}\n".encode())
-        splits = [Streamed([path for path, _ in listing.samples], part, size, device)
-                  for listing, part in zip((train, test), labels)]
+        splits = [Streamed(paths, part, size, device) for paths, part in zip(files, labels)]
         return ImageSet(name, *splits, len(names), digest.hexdigest(), class_names=names)
 
     def decode_all():
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-            return [array for listing, part in zip((train, test), labels) for array in (
-                np.stack(list(pool.map(lambda sample: decode(sample[0], size).permute(1, 2, 0).numpy(), listing.samples))),
+            return [array for paths, part in zip(files, labels) for array in (
+                np.stack(list(pool.map(lambda path: decode(path, size).permute(1, 2, 0).numpy(), paths))),
                 part.numpy())]
 
     if name == "imagenette":  # published, so the same for ever; a user's own folder may change
@@ -390,15 +416,23 @@ def digest_of(arrays):
     return digest.hexdigest()
 
 
-def write_atomically(path, content):
-    """Write bytes under a temporary name, fsync, rename: the file is whole or not there.  Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+def main(arguments=None):
+    """For run_all.sh: the scale on stdout, the reason on stderr; options that are not about data are passed over."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--data", default="")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--set", action="append", default=[])
+    given, _ = parser.parse_known_args(arguments)
+    sets = [value.partition("=")[2] for value in given.set if value.startswith("dataset=")]
     try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        scale, reason = pick_scale(given.data, given.device, sets[-1] if sets else "")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"scale {scale}: {reason}", file=sys.stderr)
+    print(scale)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,8 +2,6 @@
 import hashlib
 import shutil
 import socket
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -12,17 +10,17 @@ from conftest import write_folder
 from PIL import Image
 
 from papers import gidaris_rotation as rotation
-from replicate import data, trainer
+from replicate import data
 from replicate.data import InputError
 
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Every host is unreachable, at once."""
+    """No host can be reached."""
     def refuse(*arguments, **options):
         raise OSError("unreachable")
     monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.setattr(data, "_reachable", {})
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 def test_a_packed_file_is_used_as_it_is(tmp_path, write_packed):
@@ -82,39 +80,18 @@ def test_raw_mnist_is_decoded_packed_and_read_again(tmp_path):
     assert first.train.labels[:5].tolist() == [5, 0, 4, 1, 9] and torch.equal(first.test.images, again.test.images)
 
 
-def test_an_unreachable_host_costs_little_and_names_both_ways_on(tmp_path, monkeypatch, capsys, folders):
-    """A name look-up or a connection that hangs: one probe per host, cut off, then one line."""
-    monkeypatch.setattr(data, "_reachable", {})
-    monkeypatch.setattr(data, "PROBE_SECONDS", 1)
-    calls, over = [], threading.Event()
-
-    def hang(address, **options):
-        calls.append(address)
-        over.wait(60)
-        raise OSError("the test is over")
-
-    monkeypatch.setattr(socket, "create_connection", hang)
-    start = time.time()
-    assert rotation.main(["--scale", "small", "--data", str(tmp_path), *folders]) == 2
-    assert trainer.pick_scale(["gidaris_rotation"], str(tmp_path))[0] == "smoke"
-    assert time.time() - start < 40 and len(calls) == 1  # asked once a host
-    over.set()
-    error = capsys.readouterr().err.strip()
-    assert len(error.splitlines()) == 1 and str(tmp_path) in error
-    assert "--data DIR" in error and "--data embedded" in error
-
-
 
 def test_scale_follows_the_data(tmp_path, no_network, monkeypatch, write_packed):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    scale, reason = trainer.pick_scale(["gidaris_rotation"], str(tmp_path))
+    scale, reason = data.pick_scale(str(tmp_path))
     assert scale == "smoke" and str(tmp_path) in reason and "--data DIR" in reason
     write_packed(tmp_path)
-    assert trainer.pick_scale(["gidaris_rotation"], str(tmp_path))[0] == "small"
+    assert data.pick_scale(str(tmp_path))[0] == "small"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert trainer.pick_scale(["gidaris_rotation"], str(tmp_path))[0] == "full"
+    assert data.pick_scale(str(tmp_path))[0] == "full" and data.pick_scale(str(tmp_path), "cpu")[0] == "small"
+    assert "folder:x (on disk)" in data.pick_scale("", "cpu", "folder:x")[1]
     with pytest.raises(InputError, match="no data folder"):
-        trainer.pick_scale(["gidaris_rotation"], str(tmp_path / "none"))
+        data.pick_scale(str(tmp_path / "none"))
 
 
 # Folders
@@ -141,9 +118,10 @@ def test_streamed_and_resident_give_the_same_batches(tmp_path):
 
 
 def test_imagenette_is_found_under_any_size_and_decoded_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "IMAGENETTE", ((12, 8),))
     write_folder(tmp_path / "imagenette2-128", classes=("n01", "n02"), parts=("train", "val"))
     loaded = data.load("imagenette", tmp_path, "cpu", size=32)
-    assert len(loaded.train) == 12 and len(loaded.test) == 8 and data.available("imagenette", tmp_path) == "disk"
+    assert len(loaded.train) == 12 and len(loaded.test) == 8 and data.on_disk(tmp_path) == ["imagenette"]
     assert loaded.class_names == ("n01", "n02") and loaded.train.images.shape == (12, 3, 32, 32)
     packed = tmp_path / "packed" / "imagenette2-128-at-32.npz"
     decode, calls = data.decode, []
@@ -227,13 +205,3 @@ def test_paper_scale_runs_on_a_stand_in_for_imagenet(tmp_path, folders):
     assert len(records) == 15 and all('"status": "ok"' in line for line in records)
 
 
-def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
-    path = tmp_path / "file.bin"
-    data.write_atomically(path, b"old")
-
-    def fail(*arguments):
-        raise OSError("disk full")
-    monkeypatch.setattr(data.os, "fsync", fail)
-    with pytest.raises(OSError):
-        data.write_atomically(path, b"new")
-    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file.bin"]

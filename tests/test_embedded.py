@@ -1,4 +1,5 @@
-"""The embedded sets: functions of their arguments to the byte, balanced, drawn at any size, and fast."""
+"""The embedded sets: functions of their arguments to the byte, balanced, drawn at any size, and
+fast."""
 
 import subprocess
 import sys
@@ -36,7 +37,8 @@ def same(first, second):
     return all(torch.equal(left, right) for left, right in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("name, channels, size", [("objects", 3, 32), ("digits", 1, 28), ("blended", 3, 28)])
+@pytest.mark.parametrize("name, channels, size", [("objects", 3, 32), ("digits", 1, 28),
+                                                  ("blended", 3, 28)])
 def test_shapes_and_types(name, channels, size):
     images, labels = DRAWERS[name](300, 0)
     assert images.shape == (300, channels, size, size) and images.dtype == torch.uint8
@@ -75,7 +77,8 @@ def test_bytes_do_not_depend_on_the_vector_unit():
     root = Path(__file__).resolve().parent.parent
 
     def digest(**variables):
-        done = subprocess.run([sys.executable, "-c", program], cwd=root, env={"PYTHONPATH": str(root), **variables},
+        done = subprocess.run([sys.executable, "-c", program], cwd=root,
+                              env={"PYTHONPATH": str(root), **variables},
                               capture_output=True, text=True, check=True)
         return done.stdout.split()[-1]
 
@@ -91,7 +94,8 @@ def test_labels_are_balanced_up_to_one(draw, count):
 
 def test_labels_are_shuffled(draw):
     _, labels = draw(100, 0, size=16)
-    assert not torch.equal(labels, labels.sort().values) and not torch.equal(labels, torch.arange(100) % 10)
+    assert not torch.equal(labels, labels.sort().values) and not torch.equal(labels,
+                                                                             torch.arange(100) % 10)
 
 
 @pytest.mark.parametrize("name", ["objects", "digits"])
@@ -99,14 +103,16 @@ def test_every_two_classes_differ_in_their_mean_image(name):
     images, labels = DRAWERS[name](2000, 0)
     means = torch.stack([images[labels == label].float().mean(0).flatten() for label in range(10)])
     # Halves of one class differ by chance alone: classes must differ by clearly more.
-    halves = torch.stack([images[labels == label][::2].float().mean(0).flatten() for label in range(10)])
+    halves = torch.stack([images[labels == label][::2].float().mean(0).flatten()
+                          for label in range(10)])
     chance = (halves - means).pow(2).mean(1).sqrt().mean()
     apart = torch.pdist(means) / means.shape[1] ** 0.5
     assert apart.min() > 1.5 * chance
 
 
 def test_objects_have_an_upright_orientation():
-    """A class's mean image is not its own mirror image top to bottom: there is something for rotation to find."""
+    """A class's mean image is not its own mirror image top to bottom: there is something for
+    rotation to find."""
     images, labels = embedded_objects(2000, 0)
     for label in range(10):
         members = images[labels == label].float()
@@ -139,9 +145,11 @@ def test_blended_digits_are_the_plain_ones_and_their_strokes_stay_visible():
     assert torch.equal(labels, blended_labels)
     inside = (plain == 255).float()
     around = (torch.nn.functional.max_pool2d(plain.float(), 5, 1, 2) > 0).float() * (plain == 0)
-    stroke, neighbors = ((blended.float() * mask).sum((2, 3)) / mask.sum((2, 3)) for mask in (inside, around))
+    stroke, neighbors = ((blended.float() * mask).sum((2, 3)) / mask.sum((2, 3))
+                         for mask in (inside, around))
     assert (stroke - neighbors).abs().mean() > 40
-    # A full stroke shows 255 - patch; with wrap-around it would show patch + 1, and this would not hold.
+    # A full stroke shows 255 - patch; with wrap-around it would show patch + 1, and this would not
+    # hold.
     assert (stroke + neighbors - 255).abs().mean() < 20
 
 

@@ -1,50 +1,112 @@
 """What every script must hold, whichever its paper."""
-import fnmatch
 import importlib
+import inspect
+import itertools
+import json
+import re
 
 import pytest
-import yaml
 
-from replicate import report, trainer
+from replicate import records, trainer
+from replicate.records import ROOT
 
-PAPERS = sorted(path.stem for path in (trainer.ROOT / "papers").glob("*.yaml"))
+PAPERS = sorted(path.stem for path in (ROOT / "papers").glob("*.yaml"))
+SCALES = {"smoke", "small", "full", "paper"}
+# the toy, and ImageNet only: as cheap at every scale, or never run
+ALWAYS = {"moons_epochs", "linear_epochs"}
+LENGTHS = {"zhang_colorization": 780, "swav": 800, "dann": 620}
+NOT_TWINS = {  # parts of every script, which each paper fills in its own way
+    "Config", "pretrain", "reproduce", "figures", "options", "use", "rows", "main",
+    "normalize", "initialize", "make_optimizer", "network", "classify"}
 
 
-ALWAYS = {"moons_epochs", "linear_epochs"}  # the toy, and ImageNet only: as cheap at every scale, or never run
+def load(paper):
+    return importlib.import_module(f"papers.{paper}"), ROOT / "papers" / f"{paper}.yaml"
 
 
 @pytest.mark.parametrize("paper", PAPERS)
 def test_every_scale_resolves_to_a_config_and_known_rows(paper):
-    script, settings = importlib.import_module(f"papers.{paper}"), trainer.ROOT / "papers" / f"{paper}.yaml"
-    blocks = yaml.safe_load(settings.read_text())
-    for scale in ("smoke", "small"):  # a default meant for a GPU would take hours
-        assert {name for name in vars(trainer.resolve_config(script.Config, settings, scale)) if name.endswith("_epochs")} \
-            <= set(blocks[scale]) | ALWAYS
-    assert set(trainer.SCALES) <= set(blocks) <= {scale + suffix for scale in trainer.SCALES for suffix in ("", "-embedded")}
-    for scale in trainer.SCALES:
-        config = trainer.resolve_config(script.Config, settings, scale)
+    script, path = load(paper)
+    declared = records.read_declared(path)
+    assert SCALES <= set(declared["scales"]) <= {scale + suffix for scale in SCALES
+                                                 for suffix in ("", "-embedded")}
+    for scale in SCALES:
+        config, block = trainer.read_settings(script.Config, declared, scale)
         assert config.seed == 0
-        for glob in blocks[scale]["rows"]:
-            assert fnmatch.filter(script.PAPER, glob), glob
-        if hasattr(script, "settings_of"):
-            for variant in script.VARIANTS:
-                script.settings_of(config, variant)  # fits, too
-
-
-@pytest.mark.parametrize("paper", PAPERS)
-def test_claims_and_curves_are_literals_that_name_known_rows(paper):
-    script = importlib.import_module(f"papers.{paper}")
-    literals = report.read_literals(trainer.ROOT / "papers" / f"{paper}.py")  # raises where they do not
-    assert literals["PAPER"] == script.PAPER and literals["CLAIMS"] == script.CLAIMS
-    assert literals["COMPARABLE"] == getattr(script, "COMPARABLE", report.COMPARABLE_SUITES)
+        if scale in ("smoke", "small"):  # a default meant for a GPU would take hours
+            assert {name for name in vars(config)
+                    if name.endswith("_epochs")} <= set(block) | ALWAYS
+        assert all(records.matching(declared["rows"], [glob]) for glob in block["rows"])
 
 
 @pytest.mark.parametrize("paper", PAPERS)
 @pytest.mark.parametrize("override,message", [
-    ("batch_size=0", "batch_size must be above 0"), ("shards=0", "shards must be above 0"), ("precision=half", "bfloat16, float32"),
-    ("momentum=1.5", "momentum must be below 1"), ("no_such_setting=1", "unknown setting"), ("seed=3", "unknown setting"),
+    ("batch_size=0", "batch_size must be above 0"), ("shards=0", "shards must be above 0"),
+    ("precision=half", "bfloat16, float32"), ("momentum=1.5", "momentum must be below 1"),
+    ("no_such_setting=1", "unknown setting"), ("seed=3", "unknown setting"),
 ])
 def test_settings_that_no_run_can_have_are_named(paper, override, message):
-    script = importlib.import_module(f"papers.{paper}")
-    with pytest.raises(trainer.InputError, match=message):
-        trainer.resolve_config(script.Config, trainer.ROOT / "papers" / f"{paper}.yaml", "smoke", 0, [override])
+    script, path = load(paper)
+    with pytest.raises(records.InputError, match=message):
+        trainer.read_settings(script.Config, path, "smoke", 0, [override])
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_a_script_is_short_and_its_method_comes_first(paper):
+    lines = (ROOT / "papers" / f"{paper}.py").read_text().splitlines()
+    assert len(lines) <= LENGTHS.get(paper, 500)
+    headings = {line: number for number, line in enumerate(lines, 1) if line.startswith("# ---- ")}
+    assert headings["# ---- Evaluation ----"] <= 330
+    order = [line[7:-5] for line in headings]
+    assert order[0].startswith("The idea")
+    assert order.index("Pre-training") == order.index("Evaluation") - 1
+    for file in (ROOT / "papers" / f"{paper}.py", ROOT / "papers" / f"{paper}.yaml"):
+        assert not [number for number, line in enumerate(file.read_text().splitlines(), 1)
+                    if len(line) > 100]
+
+
+RESULT = re.compile(r"Result, (\w+): (\S+) (\S+) \+- (\S+) against (\S+) (\S+) \(n = (\d+)\); "
+                    r"paper[^:]*: (\S+?)\.?$", re.M)
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_the_result_line_follows_from_the_records(paper):
+    script, _ = load(paper)
+    found = RESULT.search(re.sub(r"\n +", " ", script.__doc__))
+    scale, row, mean, sd, other, control, n, published = found.groups()
+    rows = json.loads((ROOT / "results" / scale / "summary.json").read_text())[paper]["rows"]
+    for shown, value in ((mean, rows[row]["mean"]), (sd, rows[row]["sd"]),
+                         (control, rows[other]["mean"])):
+        digits = len(shown.partition(".")[2])
+        assert float(shown) == pytest.approx(value, abs=0.5001 * 10 ** -digits), shown
+    assert (int(n), float(published)) == (rows[row]["n"], rows[row]["paper"])
+
+
+def definitions(paper):
+    """{name: its source} of the functions and classes at the top of a script."""
+    script, _ = load(paper)
+    own = {name: thing for name, thing in vars(script).items()
+           if getattr(thing, "__module__", "") == script.__name__}
+    return {name: inspect.getsource(thing) for name, thing in own.items()
+            if inspect.isfunction(thing) or inspect.isclass(thing)}
+
+
+def test_twins_have_one_body():
+    """What two scripts call by one name is one thing, to the last character."""
+    found = {paper: definitions(paper) for paper in PAPERS}
+    differ = {(name, one, other) for one, other in itertools.combinations(PAPERS, 2)
+              for name in (found[one].keys() & found[other].keys()) - NOT_TWINS
+              if found[one][name] != found[other][name]}
+    assert not differ
+
+
+def test_a_seventh_script_needs_no_edit(seventh, tmp_path, folders, capsys):
+    """README's recipe runs, is planned, rendered and resumed as it stands."""
+    assert seventh.main(["--scale", "smoke", *folders]) == 0
+    page = (tmp_path / "results" / "smoke" / "mirrored.md").read_text()
+    for words in ("# Nobody (never): Is this picture mirrored?", "61.5? (Table 1)",
+                  "| random/linear |", "`mirrored/linear > random/linear + 2.0`",
+                  "![mirrored_loss.svg](mirrored_loss.svg)"):
+        assert words in page
+    assert seventh.main(["--scale", "smoke",
+                         *folders]) == 0 and "nothing to do" in capsys.readouterr().out

@@ -11,10 +11,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 from papers import zhang_colorization as zhang
-from replicate import trainer
+from replicate import records, trainer
 from replicate.data import ImageSet, InputError, Resident
 
-SETTINGS = trainer.ROOT / "papers" / "zhang_colorization.yaml"
+SETTINGS = records.ROOT / "papers" / "zhang_colorization.yaml"
 BINS = zhang.gamut_bins()
 
 
@@ -33,11 +33,13 @@ def some_ab(count=4, size=16, seed=0):
 
 
 def some_config(**settings):
-    return trainer.resolve_config(zhang.Config, SETTINGS, "smoke", 0, [f"{key}={value}" for key, value in settings.items()])
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    return trainer.read_settings(zhang.Config, SETTINGS, "smoke", 0, overrides)[0]
 
 
 def some_run(folder, **settings):
-    return trainer.Run(zhang.__file__, some_config(**settings), "smoke", "cpu", suite="smoke", results=folder, runs=folder)
+    return trainer.Run(zhang.__file__, some_config(**settings), "smoke", records.read_declared(zhang.__file__)["rows"],
+                       results=folder, runs=folder)
 
 
 def some_network(loss="classification"):
@@ -68,7 +70,9 @@ def test_other_rules_give_other_counts():
     u, v = torch.meshgrid(level, level, indexing="ij")
     faces = [torch.stack(face) for end in (0 * u, 0 * u + 1) for face in ((end, u, v), (u, end, v), (u, v, end))]
     ab = zhang.rgb_to_lab(torch.stack(faces))[:, 1:].permute(0, 2, 3, 1).flatten(0, 2)
-    nearest = torch.cat([zhang.nearest_colors(part, BINS, 1, zhang.candidate_colors(BINS, 1))[1] for part in ab.float().split(50000)])
+    candidates = zhang.candidate_bins(BINS, 1)
+    nearest = torch.cat([zhang.nearest_bins(part.view(-1, 2, 1, 1), BINS, 1, candidates)[1].flatten()
+                         for part in ab.float().split(50000)])
     assert len(nearest.unique()) == 261
     angle = torch.linspace(0, 2 * math.pi, 1801, dtype=torch.float64)[:-1]
     normals = torch.stack([angle.cos(), angle.sin()])
@@ -88,9 +92,9 @@ def test_the_fast_way_to_lab_is_the_exact_one():
     every = torch.randint(0, 256, (4, 3, 100, 100), generator=generator(), dtype=torch.uint8)
     every[0] = torch.arange(10000).view(100, 100).remainder(256).byte()  # greys, and black, on both sides of the bends
     exact = zhang.rgb_to_lab(every.double() / 255)
-    assert float((zhang.lab_of(every) - exact).abs().max()) < 1e-3
+    assert float((zhang.rgb_to_lab(every) - exact).abs().max()) < 1e-3
     with torch.autocast("cpu", torch.bfloat16):  # as probes and the semantic test call it
-        assert float((zhang.lab_of(every) - exact).abs().max()) < 1e-3
+        assert float((zhang.rgb_to_lab(every) - exact).abs().max()) < 1e-3
 
 
 def test_white_black_grey_and_red():
@@ -103,6 +107,11 @@ def test_white_black_grey_and_red():
 
 
 # Encoding and decoding
+def encode_fast(ab, neighbors, candidates):
+    """As training encodes."""
+    return zhang.soft_encode(ab, BINS, nearest=zhang.nearest_bins(ab, BINS, neighbors, candidates))
+
+
 @pytest.mark.parametrize("neighbors,top,entropy,mean", [(5, 0.6488, 1.135, 1.26), (10, 0.6192, 1.333, 1.44)])
 def test_soft_encoding_is_the_plain_definition(neighbors, top, entropy, mean):
     ab = some_ab()
@@ -128,16 +137,16 @@ def test_encoding_as_trained_with_is_the_definition_in_float64(neighbors):
     squares, near = (points[:, None] - BINS.double()).square().sum(2).sort(1)
     raw = torch.exp(-squares[:, :neighbors] / 50)
     plain = torch.zeros(len(points), 313, dtype=torch.float64).scatter_(1, near[:, :neighbors], raw / raw.sum(1, keepdim=True))
-    made = zhang.soft_encode(ab, BINS, neighbors, 5.0, zhang.candidate_colors(BINS, neighbors))
+    made = encode_fast(ab, neighbors, zhang.candidate_bins(BINS, neighbors))
     assert float((made.permute(0, 2, 3, 1).flatten(0, 2) - plain).abs().max()) < 1e-6
 
 
 @pytest.mark.parametrize("neighbors", [1, 5, 10])
 def test_the_table_of_candidates_changes_nothing(neighbors):
     ab = some_ab(8, 64, seed=3)
-    table = zhang.candidate_colors(BINS, neighbors)
+    table = zhang.candidate_bins(BINS, neighbors)
     assert table.shape[2] < 40
-    plain, fast = (zhang.soft_encode(ab, BINS, neighbors, 5.0, candidates) for candidates in (None, table))
+    plain, fast = (encode_fast(ab, neighbors, candidates) for candidates in (None, table))
     assert float((plain - fast).abs().max()) < 1e-6
 
 
@@ -214,20 +223,21 @@ def test_recoloring_keeps_the_lightness():
     lab = torch.cat([torch.linspace(30, 80, 256, dtype=torch.float64).view(1, 1, 16, 16), ab], 1)
     torch.testing.assert_close(zhang.rgb_to_lab(zhang.lab_to_rgb(lab)), lab, atol=1e-9, rtol=0)
     images = some_images()
-    grey = zhang.recolored(images, lambda lab: 0 * lab[:, 1:])
-    assert float((zhang.lab_of(grey)[:, 0] - zhang.lab_of(images)[:, 0]).abs().max()) < 0.3
+    grey = zhang.recolor(images, lambda lab: 0 * lab[:, 1:])
+    assert float((zhang.rgb_to_lab(grey)[:, 0] - zhang.rgb_to_lab(images)[:, 0]).abs().max()) < 0.3
 
 
 def test_true_colors_give_the_picture_back():
     images = torch.randint(0, 256, (2, 3, 24, 24), generator=generator(), dtype=torch.uint8)
-    assert torch.equal(zhang.recolored(images, lambda lab: lab[:, 1:]), images)
+    assert torch.equal(zhang.recolor(images, lambda lab: lab[:, 1:]), images)
 
 
 def test_mirrored_images_have_mirrored_targets():
     images, config = some_images(8), some_config()  # crops as large as the images
-    plain, turned = (zhang.examples(each, config, some_palette(), torch.arange(313.0), generator(3)) for each in (images, images.flip(3)))
+    plain, turned = (zhang.make_examples(each, generator(3), config, some_palette(), torch.arange(313.0))
+                     for each in (images, images.flip(3)))
     assert torch.equal(turned[0], plain[0].flip(3))
-    ab = zhang.lab_of(zhang.crop_and_flip(images, 32, generator(3)))[:, 1:].flip(3)[..., ::4, ::4]
+    ab = zhang.rgb_to_lab(zhang.crop_and_flip(images, generator(3), 32))[:, 1:].flip(3)[..., ::4, ::4]
     assert torch.equal(turned[1], ab)
     torch.testing.assert_close(turned[2], zhang.soft_encode(ab, BINS))
 
@@ -236,27 +246,29 @@ def test_mirrored_images_have_mirrored_targets():
 def test_a_grey_image_gives_no_gradient(loss):
     images = some_images(3)
     images[1] = images[1, :1]
-    _, ab, encoded, weights = zhang.examples(images, some_config(), some_palette(), torch.ones(313), generator())
+    _, ab, encoded, weights = zhang.make_examples(images, generator(), some_config(), some_palette(), torch.ones(313))
     scores = torch.randn((ab if loss == "l2" else encoded).shape, generator=generator(2), requires_grad=True)
-    made = zhang.regression_loss(scores, ab, (weights > 0).float()) if loss == "l2" else zhang.color_loss(scores, encoded, weights)
+    made = zhang.regression_loss(scores, ab, (weights > 0).float()) if loss == "l2" else zhang.classification_loss(scores, encoded, weights)
     (gradient,) = torch.autograd.grad(made["loss"], scores)
     assert [bool(each.any()) for each in gradient] == [True, False, True]
 
 
-def test_grey_images_neither_teach_nor_count():
+def test_grey_images_neither_teach_nor_count(tmp_path):
     images = some_images()
     images[2] = images[2, :1]
     ab = zhang.rgb_to_lab(images.float() / 255)[:, 1:]
     assert zhang.is_colored(ab).tolist() == [True, True, False, True, True, True]
     config, palette = some_config(), some_palette()
-    *_, weights = zhang.examples(images, config, palette, torch.ones(313), generator())
+    *_, weights = zhang.make_examples(images, generator(), config, palette, torch.ones(313))
     assert weights.flatten(1).sum(1).ne(0).tolist() == [True, True, False, True, True, True]
-    only, both = (zhang.color_measures(lambda lab: 0.5 * lab[:, 1:], palette, Resident(part, torch.zeros(len(part))))
+    only, both = (zhang.color_measures("x", lambda lab: 0.5 * lab[:, 1:], palette, Resident(part, torch.zeros(len(part))))
                   for part in (images[[0, 1, 3]], images[:4]))
-    assert only == both and only["chroma-ratio"] == pytest.approx(0.5)
-    assert only["auc-rebalanced"] == pytest.approx(only["auc-raw"])  # all colours equally frequent
+    assert only == both and only["x/chroma-ratio"] == pytest.approx(0.5)
+    assert only["x/auc-rebalanced"] == pytest.approx(only["x/auc-raw"])  # all colours equally frequent
+    run, (colored, grey) = some_run(tmp_path), (Resident(part, torch.zeros(1)) for part in (images[:1], images[2:3]))
+    run.load = lambda *named: ImageSet("x", colored, grey, 1)
     with pytest.raises(InputError, match="all test images are grey"):
-        zhang.color_measures(lambda lab: lab[:, 1:], palette, Resident(images[2:3], torch.zeros(1)))
+        zhang.reproduce(run)
 
 
 def test_rebalanced_auc_weighs_each_pixel_by_its_true_colors_rarity():
@@ -267,17 +279,17 @@ def test_rebalanced_auc_weighs_each_pixel_by_its_true_colors_rarity():
     prior[places] = torch.tensor([0.9, 0.1 - 311e-6])
     ab = colors.T.view(1, 2, 1, 2).repeat(1, 1, 16, 8)
     rgb = (zhang.lab_to_rgb(torch.cat([torch.full((1, 1, 16, 16), 60.0), ab], 1)) * 255).round().byte()
-    true = zhang.lab_of(rgb)[:, 1:]
-    palette = zhang.Palette(BINS, zhang.candidate_colors(BINS, 5), prior)
+    true = zhang.rgb_to_lab(rgb)[:, 1:]
+    palette = zhang.Palette(BINS, zhang.candidate_bins(BINS, 5), prior)
     miss = torch.tensor([0.0, 30.0]).view(1, 1, 1, 2).repeat(1, 1, 16, 8)
-    measures = zhang.color_measures(lambda lab: true + torch.cat([miss, 0 * miss], 1), palette, Resident(rgb, torch.zeros(1)))
-    assert measures["auc-raw"] == pytest.approx(100 * (1 - 0.5 * 30 / 150), abs=0.01)
+    measures = zhang.color_measures("x", lambda lab: true + torch.cat([miss, 0 * miss], 1), palette, Resident(rgb, torch.zeros(1)))
+    assert measures["x/auc-raw"] == pytest.approx(100 * (1 - 0.5 * 30 / 150), abs=0.01)
     rare, common = 1 / 0.1, 1 / 0.9
-    assert measures["auc-rebalanced"] == pytest.approx(100 * (1 - rare / (rare + common) * 30 / 150), abs=0.1)
+    assert measures["x/auc-rebalanced"] == pytest.approx(100 * (1 - rare / (rare + common) * 30 / 150), abs=0.1)
 
 
 def some_palette():
-    return zhang.Palette(BINS, zhang.candidate_colors(BINS, 5), torch.ones(313) / 313)
+    return zhang.Palette(BINS, zhang.candidate_bins(BINS, 5), torch.ones(313) / 313)
 
 
 def test_frequencies_are_of_train_images_and_smooth(tmp_path):
@@ -286,10 +298,9 @@ def test_frequencies_are_of_train_images_and_smooth(tmp_path):
     palette = zhang.make_palette(some_run(tmp_path), Resident(blue, torch.zeros(3)))
     ab = zhang.rgb_to_lab(blue[:1].float() / 255)[0, 1:, 0, 0]
     assert float(palette.prior.sum()) == pytest.approx(1) and (palette.prior > 0).all()
-    config = some_config()
     encoded = zhang.soft_encode(ab.view(1, 2, 1, 1), BINS).flatten()
     by_hand = -float((encoded * palette.prior.log()).sum())
-    assert zhang.cross_entropy(zhang.prior_scores(palette), config, palette, Resident(blue, torch.zeros(3))) == pytest.approx(by_hand, rel=1e-4)
+    assert zhang.cross_entropy(some_run(tmp_path), None, palette, Resident(blue, torch.zeros(3))) == pytest.approx(by_hand, rel=1e-4)
     assert palette.prior.argmax() == (BINS - ab).norm(dim=1).argmin() and 0.1 < float(palette.prior.max()) < 0.9
     with pytest.raises(InputError, match="all images of 'embedded' are grey"):
         zhang.make_palette(some_run(tmp_path), Resident(blue[:, 2:].expand(-1, 3, -1, -1), torch.zeros(3)))
@@ -299,13 +310,14 @@ def test_the_runs_palette_and_controls_are_of_train(tmp_path):
     blue, red = torch.zeros(2, 12, 3, 32, 32, dtype=torch.uint8)
     blue[:, 2] = red[:, 0] = 200
     train, test = (Resident(each, torch.arange(12) % 2) for each in (blue, red))
-    run = trainer.Run(zhang.__file__, some_config(), "smoke", "cpu", suite="smoke", results=tmp_path, runs=tmp_path,
-                      rows="prior-mode/auc-raw", scale_rows=["*"])
-    zhang.evaluate(run, ImageSet("x", train, test, 2))
-    a, b = (zhang.lab_of(each[:1])[:, 1:] for each in (blue, red))
+    run = some_run(tmp_path)
+    run.only, run.load = ["prior-mode/auc-raw"], lambda *named: ImageSet("x", train, test, 2)
+    zhang.reproduce(run)
+    a, b = (zhang.rgb_to_lab(each[:1])[:, 1:] for each in (blue, red))
     mode = BINS[(BINS - a[0, :, 0, 0]).norm(dim=1).argmin()].view(1, 2, 1, 1).expand_as(b)
-    assert run.value("prior-mode/auc-raw") == pytest.approx(100 * zhang.color_auc(mode, b), abs=0.01)
-    colors = zhang.baseline_colorizer(run, "random-colors", zhang.make_palette(run, train), train)(zhang.lab_of(red))
+    assert run.value("prior-mode/auc-raw")["value"] == pytest.approx(100 * zhang.color_auc(mode, b), abs=0.01)
+    colorizer = zhang.make_colorizer(run, run.load(), zhang.make_palette(run, train), "random-colors", None)
+    colors = colorizer(zhang.rgb_to_lab(red))
     torch.testing.assert_close(colors, a.expand_as(colors))
 
 
@@ -315,16 +327,16 @@ def test_only_the_full_method_weighs_colors(tmp_path):
     run = some_run(tmp_path, precision="float32", batch_size=8, pretext_epochs=1)
     palette = zhang.make_palette(run, split)
     for variant, same in (("class", True), ("full", False)):
-        zhang.pretrain(run, ImageSet("x", split, split, 2), zhang.settings_of(run.config, variant), palette, variant)
-        loss, plain = (torch.tensor(run.history[variant][name])[:, 1] for name in ("loss", "cross_entropy"))
+        trained = zhang.network(run, ImageSet("x", split, split, 2), palette, variant)
+        loss, plain = (torch.tensor(trained.curves[name])[:, 1] for name in ("loss", "cross_entropy"))
         assert torch.allclose(loss, plain, rtol=1e-4) == same
 
 
 def test_targets_are_every_fourth_pixel_of_a_mirrored_crop():
     images, config = some_images(40, 48), some_config(crop_size=32, image_size=48)
-    lightness, ab, encoded, weights = zhang.examples(images, config, some_palette(), torch.arange(313.0), generator(5))
-    crops = zhang.crop_and_flip(images, 32, generator(5))
-    lab = zhang.lab_of(crops)
+    lightness, ab, encoded, weights = zhang.make_examples(images, generator(5), config, some_palette(), torch.arange(313.0))
+    crops = zhang.crop_and_flip(images, generator(5), 32)
+    lab = zhang.rgb_to_lab(crops)
     assert lightness.shape == (40, 1, 32, 32) and encoded.shape == (40, 313, 8, 8) and torch.equal(ab, lab[:, 1:, ::4, ::4])
     torch.testing.assert_close(lightness, lab[:, :1] - 50)
     assert torch.equal(weights, encoded.argmax(1).float())
@@ -342,20 +354,20 @@ def test_loss_starts_at_a_guess_and_stays_above_the_targets_entropy():
     encoded = zhang.soft_encode(ab, BINS)
     scores = model(torch.randn(4, 1, 32, 32, generator=generator()))
     assert scores.shape == (4, 313, 8, 8)
-    losses = zhang.color_loss(scores, encoded, torch.ones(4, 8, 8))
+    losses = zhang.classification_loss(scores, encoded, torch.ones(4, 8, 8))
     assert float(losses["loss"].detach()) == pytest.approx(math.log(313), abs=1e-5)
-    best = zhang.color_loss(encoded.clamp_min(1e-30).log(), encoded, torch.ones(4, 8, 8))["loss"]
+    best = zhang.classification_loss(encoded.clamp_min(1e-30).log(), encoded, torch.ones(4, 8, 8))["loss"]
     assert float(best) == pytest.approx(float(torch.special.entr(encoded).sum(1).mean()), abs=1e-4)
     for scale in (0.1, 1, 10):
         guess = encoded.clamp_min(1e-30).log() + scale * torch.randn(encoded.shape, generator=generator(1))
-        assert zhang.color_loss(guess, encoded, torch.ones(4, 8, 8))["loss"] > best + 1e-4
+        assert zhang.classification_loss(guess, encoded, torch.ones(4, 8, 8))["loss"] > best + 1e-4
 
 
 def test_a_pixels_gradient_is_multiplied_by_its_weight():
     scores = torch.randn(2, 313, 3, 3, generator=generator(), requires_grad=True)
     encoded, weights = zhang.soft_encode(some_ab(2, 3), BINS), torch.rand(2, 3, 3, generator=generator(1))
     weights[1, 2, 2] = 0
-    plain, weighted = (torch.autograd.grad(zhang.color_loss(scores, encoded, each)["loss"], scores)[0]
+    plain, weighted = (torch.autograd.grad(zhang.classification_loss(scores, encoded, each)["loss"], scores)[0]
                        for each in (torch.ones(2, 3, 3), weights))
     torch.testing.assert_close(weighted, weights[:, None] * plain)
     assert not weighted[1, :, 2, 2].any()
@@ -380,7 +392,7 @@ def test_predictions_are_enlarged_onto_their_own_pixels():
     torch.testing.assert_close(large[..., ::4, ::4], ab)
     torch.testing.assert_close(large[..., 2, ::4], (ab[..., 0, :] + ab[..., 1, :]) / 2)
     double = zhang.enlarge(ab, (32, 32), (64, 64))
-    assert double.shape == (2, 2, 64, 64) and torch.equal(double[:, :, 10:20], zhang.enlarge(ab, (32, 32), (64, 64), slice(10, 20)))
+    assert double.shape == (2, 2, 64, 64)
     ramp = torch.arange(8.0).expand(1, 2, 8, 8)
     same, double = (zhang.enlarge(ramp, (32, 32), (side, side)) for side in (32, 64))
     torch.testing.assert_close(F.avg_pool2d(double, 2)[..., 1:-4], same[..., 1:-4])  # pixels lie where they lay
@@ -407,11 +419,11 @@ def test_rescaling_makes_every_convolution_put_out_unit_deviation():
 ])
 def test_wrong_settings_are_named(override, message):
     with pytest.raises(InputError, match=message):
-        trainer.resolve_config(zhang.Config, SETTINGS, "smoke", 0, [override])
+        trainer.read_settings(zhang.Config, SETTINGS, "smoke", 0, [override])
 
 
 def test_paper_scale_is_the_papers_schedule():
-    config = trainer.resolve_config(zhang.Config, SETTINGS, "paper")
+    config = trainer.read_settings(zhang.Config, SETTINGS, "paper")[0]
     assert (config.batch_size, config.crop_size, config.network, config.width) == (40, 176, "paper", 1.0)
     assert int(config.pretext_epochs * 1_281_167 / 40) == pytest.approx(450_000, rel=0.001)
     rate = trainer.stepped(config.pretext_rate, config.pretext_drops, 10 ** -0.5)
@@ -427,10 +439,10 @@ def test_two_worlds_of_one_color_each_are_told_apart(tmp_path, graphs, variant):
     images = (levels[:, :, None, None].int() + noise).clamp(0, 255).byte()
     split = Resident(images, torch.zeros(80, dtype=torch.int64))
     run = some_run(tmp_path, precision="float32", pretext_rate=0.01, pretext_epochs=60 * 16.5 / 80, batch_size=16)
-    config = zhang.settings_of(run.config, variant)
     palette = zhang.make_palette(run, split)
-    model, _ = zhang.pretrain(run, ImageSet("x", split, split, 2), config, palette, variant)
-    means = zhang.network_colorizer(run, model, 0.38)(zhang.lab_of(images[:2])).mean((2, 3))
+    data = ImageSet("x", split, split, 2)
+    colorizer = zhang.make_colorizer(run, data, palette, variant, zhang.network(run, data, palette, variant).model)
+    means = colorizer(zhang.rgb_to_lab(images[:2])).mean((2, 3))
     assert means[0, 1] < -15 and means[1, 1] > 15 and len(graphs) == 61 and not graphs.offenders()
 
 
@@ -438,7 +450,13 @@ def test_every_kind_of_row_runs_and_keeps_to_deterministic_operations(tmp_path, 
     """A folder of two classes with one grey picture in it: each measure, each control, each network, and the figures."""
     root = write_folder(tmp_path / "set", counts=(24, 8), size=(48, 40))
     Image.new("L", (40, 40), 90).save(root / "train" / "cat" / "grey.png")
-    monkeypatch.setattr(trainer.Run, "has", lambda run, row: True)
+    wants = trainer.Run.wants
+
+    def wants_of_all_rows(run, *globs):
+        run.scale_rows = ["*"]
+        return wants(run, *globs)
+
+    monkeypatch.setattr(trainer.Run, "wants", wants_of_all_rows)
     rows = ["grey/auc-raw", "random-colors/auc-rebalanced", "prior-mode/auc-raw", "l2/chroma-ratio", "l2/auc-raw", "class/auc-raw",
             "full/auc-raw", "prior/cross-entropy", "full/cross-entropy", "truth/semantic", "full/semantic", "full/block7/linear",
             "random/block1/linear", "supervised-color/block4/linear", "full/block4/labels5", "supervised-l/labels5",
@@ -476,32 +494,125 @@ def checkpoint(tmp_path):
     return path
 
 
-def test_a_folder_is_colored_and_what_is_no_picture_is_named(tmp_path, checkpoint, capsys):
-    source, target = tmp_path / "grey ones", tmp_path / "out"
-    source.mkdir()
-    ramp = torch.arange(120).repeat(90, 1).byte() * 2
-    Image.fromarray(ramp.numpy()).save(source / "a.png")
-    Image.fromarray(ramp.numpy()).convert("RGBA").save(source / "b.webp")
+RAMP = (torch.arange(120).repeat(90, 1).byte() * 2).numpy()
+
+
+def color(checkpoint, *words):
+    return zhang.main(["--colorize", *map(str, words), "--checkpoint", str(checkpoint), "--device", "cpu"])
+
+
+def listing(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Pictures of every kind, and files that are none."""
+    source = tmp_path / "grey ones"
+    (source / "more").mkdir(parents=True)
+    grey = Image.fromarray(RAMP)
+    for name in ("a.png", "b.webp", "d.jpg", "d.JPEG", "f.tif", "g.bmp", "h.gif", "h.gif.png", "i.pgm", "more/a.png"):
+        grey.save(source / name, lossless=True)
+    Image.fromarray(RAMP.astype("uint16") * 257).save(source / "e.png")
     (source / "c.jpg").write_text("no picture")
-    Image.fromarray(ramp.numpy()).save(source / "d.jpg")
-    Image.fromarray(ramp.to(torch.uint16).mul(257).numpy()).save(source / "e.png")  # 16 bits
-    assert zhang.main(["--colorize", str(source), str(target), "--checkpoint", str(checkpoint), "--device", "cpu"]) == 2
+    for name in (".DS_Store", ".hidden.png", "Thumbs.db", "notes.txt"):
+        (source / name).write_bytes(b"x")
+    return source
+
+
+def test_a_folder_is_colored_and_what_is_no_picture_is_named(tmp_path, source, checkpoint, capsys):
+    target, before = source / "colored", listing(source)
+    assert color(checkpoint, source, target) == 2
     out, error = capsys.readouterr()
-    assert sorted(path.name for path in target.iterdir()) == ["a.png", "b.webp.png", "d.jpg", "e.png"]
-    assert len(error.splitlines()) == 1 and "c.jpg cannot be coloured" in error and "5/5" in out
-    truth = zhang.lab_of(ramp.expand(1, 3, -1, -1))
+    names = {"a.png", "b.webp", "d.jpg", "d.JPEG", "f.tif", "g.bmp", "h.gif.png", "h.gif.png.png", "i.pgm.png", "more/a.png", "e.png"}
+    assert listing(target).keys() == names and before.items() <= listing(source).items()
+    assert len(error.splitlines()) == 1 and "c.jpg cannot be read" in error
+    assert "12 pictures; left out: 1 .txt (not read here), 3 hidden" in out and "12/12" in out
+    truth = zhang.rgb_to_lab(torch.from_numpy(RAMP).expand(1, 3, -1, -1))
     middle = slice(30, 90)  # where this colour is in the gamut, lightness is the picture's own but for rounding
-    for name in ("a.png", "e.png"):
+    for name in ("a.png", "e.png", "f.tif", "g.bmp"):
         with Image.open(target / name) as picture:
             assert picture.size == (120, 90) and picture.mode == "RGB"
-            made = zhang.lab_of(zhang.pil_to_tensor(picture)[None])[..., middle]
+            made = zhang.rgb_to_lab(zhang.pil_to_tensor(picture)[None])[..., middle]
         assert float((made[:, 0] - truth[:, 0, :, middle]).abs().max()) < 0.5
         torch.testing.assert_close(made[:, 1:].mean((2, 3)), torch.tensor([[15.69, 6.68]]), atol=0.3, rtol=0)
+    whole = listing(source)
+    assert color(checkpoint, source, target) == 2 and listing(source) == whole  # what was made is no input
+    assert "11 of 12 would overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words,message", [
+    ("{s}/a.png {s}", "would overwrite"), ("{s}/a.png {s}/more/../a.png", "would overwrite"), ("{s} {s}", "would overwrite"),
+    ("{s}/a.png {t}/link.png", "would overwrite"), ("{s}/a.png {t}/hard.png", "would overwrite"), ("{t}/link.png {s}/a.png", "would overwrite"),
+    ("{s}/a.png {s}/d.jpg", "would overwrite"), ("{s} {t}/folder", "would overwrite"), ("{s} {s}/a.png", "is a folder"),
+    ("{s} {t}/colored.png", "is a folder"), ("{s} {t}/colored.webp", "is a folder"), ("{s}/a.png {t}/b.xyz", "kinds: .png"),
+    ("{s}/a.png {t}/b.gif", "kinds: .png"), ("{s}/a.png {s}/d.jpg/b.png", "cannot write"), ("{t}/empty {t}/out", "0 pictures; left out: 1 hidden")])
+def test_no_file_is_overwritten_and_a_folder_needs_a_folder(tmp_path, source, checkpoint, capsys, words, message):
+    (source / "c.jpg").unlink()
+    (tmp_path / "link.png").symlink_to(source / "a.png")
+    (tmp_path / "hard.png").hardlink_to(source / "a.png")
+    (tmp_path / "folder").symlink_to(source)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".DS_Store").touch()
+    before, itself = listing(tmp_path), words in ("{s} {s}", "{s} {t}/folder")
+    assert color(checkpoint, *(word.format(s=source, t=tmp_path) for word in words.split())) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and message in error
+    after = listing(tmp_path)
+    assert before.items() <= after.items() and (itself or after == before)  # it adds i.pgm.png
+
+
+@pytest.mark.parametrize("kind,kept", [("png", True), ("webp", True), ("tif", True), ("jpg", False), ("bmp", False), ("JPEG", False)])
+def test_transparency_is_kept_or_said_to_be_lost(tmp_path, checkpoint, capsys, kind, kept):
+    alpha = Image.linear_gradient("L").resize((60, 40))
+    picture, exif = Image.new("RGBA", (60, 40), "gray"), Image.Exif()
+    picture.putalpha(alpha)
+    exif[0x0112] = 6  # turned by 90 degrees
+    picture.save(tmp_path / "in.png", exif=exif)
+    assert color(checkpoint, tmp_path / "in.png", tmp_path / f"out.{kind}") == 0
+    assert ("transparency is lost" in capsys.readouterr().out) != kept
+    with Image.open(tmp_path / f"out.{kind}") as made:
+        assert made.size == (40, 60) and made.mode == ("RGBA" if kept else "RGB")
+        if kept:
+            assert made.getchannel("A").tobytes() == alpha.transpose(Image.ROTATE_270).tobytes()
+        else:
+            assert min(made.getpixel((38, 30))) > 225  # white where it was clear
+
+
+@pytest.mark.parametrize("fault", ["full", "read-only"])
+def test_a_disk_that_takes_no_picture_gets_one_line(tmp_path, source, checkpoint, capsys, monkeypatch, fault):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync" if fault == "full" else "pathlib.Path.mkdir", fail)
+    assert color(checkpoint, source / "a.png", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "cannot write" in error and "No space left" in error
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_a_gigantic_picture_is_named_and_the_rest_goes_on(tmp_path, checkpoint, capsys):
+    for name, size in (("a.png", (20000, 10000)), ("b.png", (1, 300)), ("c.png", (20, 20))):
+        Image.new("1", size).save(tmp_path / name)
+    assert color(checkpoint, tmp_path, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "a.png cannot be read" in error and listing(tmp_path / "out").keys() == {"b.png", "c.png"}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, checkpoint, capsys, value):
+    state = torch.load(checkpoint)
+    state["model"]["blocks.3.0.weight"][0, 0, 0, 0] = value
+    torch.save(state, checkpoint)
+    Image.new("L", (20, 20), 100).save(tmp_path / "in.png")
+    assert color(checkpoint, tmp_path / "in.png", tmp_path / "out.png") == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "blocks.3.0.weight holds NaN or infinity" in error and not (tmp_path / "out.png").exists()
 
 
 @pytest.mark.parametrize("arguments,message", [
     (["--colorize", "nowhere", "out"], "no picture or folder"), (["--colorize", "in.png"], "expected 2 arguments"),
-    (["--colorize", "in.png", "in.png"], "is the input"),
+    (["--colorize", "in.png", "in.png"], "would overwrite"), (["--colorize", "in.png", "out.png", "--runs", "."], "no trained network in ."),
     (["--colorize", "in.png", "out.png", "--checkpoint", "in.png"], "is no checkpoint"),
 ])
 def test_bad_use_gets_one_line(tmp_path, monkeypatch, capsys, arguments, message):
@@ -509,17 +620,37 @@ def test_bad_use_gets_one_line(tmp_path, monkeypatch, capsys, arguments, message
     Image.new("L", (20, 20), 100).save("in.png")
     assert zhang.main(arguments) == 2
     error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and message in error
+    assert len(error.splitlines()) == 1 and message in error and not (tmp_path / "out.png").exists()
+
+
+def test_sets_without_colors_or_of_another_size_get_one_line_whose_advice_works(tmp_path, write_packed, folders, capsys):
+    write_packed(tmp_path, "mnist", shape=(28, 28, 1))
+    write_packed(tmp_path, "cifar10", train=60)
+    arguments = ["--scale", "small", "--seeds", "0", "--rows", "grey/auc-raw", "--data", str(tmp_path), "--device", "cpu", *folders]
+    for name in ("mnist", "cifar10"):
+        assert zhang.main([*arguments, "--set", f"dataset={name}"]) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1 and ("1 colour channel" in error) == (name == "mnist")
+        advice = error.partition(": --set ")[2].split()
+        assert zhang.main([*arguments, "--set", f"dataset={name}", "--set", *advice, "--force"]) == 0
+
+
+def test_networks_trained_with_runs_are_found(tmp_path, folders, capsys):
+    Image.fromarray(RAMP).save(tmp_path / "in.png")
+    assert zhang.main(["--scale", "smoke", "--rows", "full/auc-raw", "--device", "cpu", *folders]) == 0
+    words = [sys.executable, "papers/zhang_colorization.py", "--colorize", tmp_path / "in.png", tmp_path / "out.png", *folders]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=records.ROOT)
+    assert done.returncode == 0 and f"network {tmp_path}/runs/zhang_colorization/" in done.stdout, done.stderr
 
 
 def test_a_large_picture_takes_less_than_two_gigabytes(tmp_path):
     checkpoint = tmp_path / "full.pt"
     torch.save({"model": zhang.ColorizationNetwork("paper", 1.0, BINS, image_size=256).state_dict()}, checkpoint)
     Image.linear_gradient("L").resize((4000, 3000)).save(tmp_path / "large.jpg")
-    code = ("import resource, sys; from papers import zhang_colorization as z; status = z.main(sys.argv[1:]); "
-            "print(status, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    code = ("import re, sys; from papers import zhang_colorization as z; status = z.main(sys.argv[1:]); "  # getrusage counts
+            "print(status, re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])")  # the parent's memory, too
     done = subprocess.run([sys.executable, "-c", code, "--colorize", tmp_path / "large.jpg", tmp_path / "out.png", "--checkpoint",
-                           checkpoint, "--device", "cpu"], capture_output=True, text=True, cwd=trainer.ROOT)
+                           checkpoint, "--device", "cpu"], capture_output=True, text=True, cwd=records.ROOT)
     status, kilobytes = done.stdout.split()[-2:]
     assert status == "0" and int(kilobytes) < 2e6, done.stderr
     with Image.open(tmp_path / "out.png") as picture:

@@ -1,0 +1,263 @@
+"""The command line of every paper: `launch` runs a script's reproduce(run) for each seed.
+
+Exit status: 0 done, 2 wrong input, 3 training failed, 130 interrupted.
+"""
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import os
+import re
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from replicate import records, report, trainer
+from replicate.records import ROOT, InputError
+from replicate.trainer import Interrupted, Run, TrainingFailed, peak_memory, read_settings
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(message)
+
+
+def parse(paper, arguments, options=None):
+    parser = Parser(prog=f"python -m papers.{paper}", allow_abbrev=False)
+    add = parser.add_argument
+    add("--scale", default="small", help="smoke, small, full or paper")
+    add("--seeds", help="such as 0,1,2; default: those that the scale declares")
+    add("--rows", default="*", metavar="GLOB", help="such as 'rotnet4/*'; several with commas")
+    add("--data", default="", metavar="DIR", help="data root, or 'embedded' for drawn images")
+    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="change a setting; its results go to a suite of their own")
+    add("--results", default=str(ROOT / "results"), metavar="DIR")
+    add("--runs", default=str(ROOT / "runs"), metavar="DIR", help="checkpoints")
+    add("--plan", action="store_true", help="time a few steps of everything, and stop")
+    add("--force", action="store_true", help="run again what is recorded already")
+    if options:
+        options(parser)
+    return parser.parse_args(arguments)
+
+
+def tell(line):
+    """One line on stderr, from the first rank only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+def pick_device(name):
+    """auto, cpu or cuda -> torch.device; this rank's GPU under torchrun."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"unknown device '{name}'; known: auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device 'cuda' asked for but no CUDA GPU is visible: --device cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def require_finite(path, tensors):
+    """InputError where one of {name: tensor}, read from a file, holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if torch.is_tensor(tensor) and not tensor.isfinite().all():
+            raise InputError(f"{path}: {name} holds NaN or infinity, and no network computes "
+                             "with that; give another file")
+
+
+def suite_name(scale, config, own, overrides):
+    """Other data or settings get another suite, so that no experiment mixes with the protocol."""
+    suite = scale
+    if config.dataset != own.dataset:
+        name = config.dataset.rstrip("/").split("/")[-1]
+        suite += "-" + "".join(letter if letter.isalnum() else "-" for letter in name)
+        if config.dataset.startswith("folder:"):  # two folders may have the same last name
+            suite += f"-{trainer.derive(0, config.dataset) % 16 ** 6:06x}"
+    return suite + "-custom" * any(not each.startswith("dataset=") for each in overrides)
+
+
+def require_writable(folder, flag):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{os.getpid()}.partial"
+        probe.write_bytes(b"0" * 4096)
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write to {folder} ({error.strerror}): give another folder with "
+                         f"{flag} DIR") from None
+
+
+def read_seeds(given, declared):
+    try:
+        seeds = [int(seed) for seed in given.split(",")] if given else declared
+    except ValueError:
+        raise InputError(f"--seeds takes whole numbers such as 0,1,2, not '{given}'") from None
+    if min(seeds) < 0:
+        raise InputError(f"seed {min(seeds)}: seeds start at 0")
+    return seeds
+
+
+def runs(script, Config, options, rows, always):
+    """Check everything that can be checked, then yield the Run of each seed, holding its lock."""
+    declared, drawn = records.read_declared(script), options.data == "embedded"
+    own, _ = read_settings(Config, declared, options.scale)
+    overrides = options.overrides + ["dataset=embedded"] * drawn
+    config, block = read_settings(Config, declared, options.scale, 0, overrides)
+    names = records.matching(declared["rows"], rows(config) if rows else ["*"])
+    only = options.rows.split(",")
+    for glob in only:
+        if not records.matching(names, [glob]):
+            raise InputError(f"no row matches '{glob}'; rows: {', '.join(names)}")
+    seeds = read_seeds(options.seeds, block.get("seeds", [0, 1, 2]))
+    if options.data and not drawn and not Path(options.data).is_dir():
+        raise InputError(f"no data folder {options.data}: give --data DIR or --data embedded")
+    device = pick_device(options.device)
+    trainer.prepare(config, device)
+    for folder, flag in ((options.results, "--results"), (options.runs, "--runs")):
+        if not options.plan:
+            require_writable(Path(folder), flag)
+    left_out = {}  # one for all seeds, so that a line is said once
+    for seed in seeds[:1] if options.plan else seeds:
+        run = Run(script, dataclasses.replace(config, seed=seed), options.scale,
+                  {name: declared["rows"][name] for name in names}, device, only=only,
+                  suite=suite_name(options.scale, config, own, overrides), results=options.results,
+                  runs=options.runs, data="" if drawn else options.data, force=options.force,
+                  scale_rows=block.get("rows", ["*"]), plan=options.plan)
+        run.left_out = left_out
+        todo, have = run.wants("*"), len(records.matching(names, run.scale_rows))
+        pictures = any(str(value).startswith("folder:") for value in vars(config).values())
+        if not todo and have and pictures:
+            run.say(f"seed {seed}: {have} rows are recorded; are the pictures still the same?")
+        if todo or always or have and pictures:
+            run.say(f"{run.paper}, scale {options.scale}, seed {seed}: {len(todo)} rows to do on "
+                    f"{trainer.device_name(device)}, {run.ranks} rank(s), "
+                    f"{torch.get_num_threads()} threads, run {run.hash}")
+            with locked(run):
+                yield run
+        elif have:
+            file = run.suite / f"{run.paper}.jsonl"
+            run.say(f"seed {seed}: nothing to do, {have} rows of {run.paper} are in {file}")
+        else:
+            run.say(f"seed {seed}: scale {options.scale} has none of these rows")
+
+
+@contextlib.contextmanager
+def locked(run):
+    """Hold the lock of a run's checkpoints: the first rank does, and a plan needs none."""
+    with contextlib.ExitStack() as stack:
+        if run.rank == 0 and not run.plan:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(run.folder / "lock", "w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"run {run.hash} (seed {run.seed}) is going on in another "
+                                 "process: wait for it, or give another folder with --runs "
+                                 "DIR") from None
+            for checkpoint in run.folder.glob("*.pt") if run.force else ():
+                checkpoint.unlink()
+        if run.ranks > 1:
+            dist.barrier()
+        yield
+
+
+def failure(error, run):
+    """The line for an error that a training may die of, or None for a fault of ours."""
+    text = str(error)
+    if isinstance(error, TrainingFailed):
+        return text
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
+        return f"out of memory on {run.device}: lower batch_size or width with --set"
+    lost = isinstance(error, dist.DistError) or re.search("by peer|Broken pipe|Timed out", text)
+    if run.ranks > 1 and lost:
+        return "another rank is gone: the same command goes on from the state saved last"
+
+
+def attempt(run, reproduce):
+    """reproduce(run), again without the rows whose training has failed -> exit status."""
+    status = 0
+    while True:
+        try:
+            reproduce(run)
+            return 2 if run.left_out else status
+        except (TrainingFailed, RuntimeError, MemoryError) as error:
+            line, alone = failure(error, run), run.plan or run.ranks > 1 or not run.asked
+            if not line:
+                raise
+            tell(f"error: {line}")
+            status = 3
+            if not run.plan:
+                run.give_up(line)
+            if alone:  # nothing to leave out, or other ranks may be waiting for this one
+                return status
+
+
+def launch(script, Config, reproduce, arguments=None, *, rows=None, options=None, use=None):
+    """A paper script's main -> exit status.  A row whose training fails is recorded as failed, and
+    reproduce is called again for the others.
+
+    script: the paper's file; the YAML of the same name lies beside it.
+    rows(config): globs of the rows that make sense for a config; default: all of the YAML's.
+    options(parser): adds the script's own arguments.
+    use(options): called with the parsed arguments before anything else.  None: go on.  A number:
+    exit status.  A function: called with each seed's Run in place of reproduce, recorded or not.
+    """
+    run, status = None, 0
+
+    def on_signal(number, frame):
+        if not (run and run.fitting and not run.stop):
+            raise Interrupted
+        run.stop = True  # fit saves at the end of the step
+
+    for output in (sys.stdout, sys.stderr):
+        if hasattr(output, "reconfigure"):  # a path may hold what the terminal cannot show
+            output.reconfigure(errors="backslashreplace")
+    handlers = {each: signal.signal(each, on_signal) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        given = parse(Path(script).stem, arguments, options)
+        other = use(given) if use else None
+        if isinstance(other, int):
+            return other
+        for run in runs(script, Config, given, rows, always=bool(other)):
+            status = attempt(run, other or reproduce) or status
+            if run.plan:
+                minutes = sum(part.seconds for part in run.planned.values()) / 60
+                run.say(f"plan: {minutes:.0f} minutes a seed, peak memory so far "
+                        f"{peak_memory(run.device):.0f} MB")
+            elif run.rank == 0:
+                render_tables(run.suite.parent, Path(script).parent)
+            if status == 3 and run.ranks > 1:
+                break
+        return status
+    except (InputError, OSError) as error:
+        tell(f"error: {error}")
+        return 2
+    except AssertionError as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if not any(frame.name == "__post_init__" for frame in frames):  # no check of a Config's
+            raise
+        tell(f"error: {error}")
+        return 2
+    except Interrupted:
+        tell("interrupted: the same command goes on from the state saved last")
+        return 130
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def render_tables(results, papers):
+    """A table that cannot be made is no reason to lose a run that is recorded."""
+    try:
+        report.write_tables(results, papers)
+    except (OSError, ValueError, InputError) as error:
+        tell(f"warning: tables not rendered ({error}); ./run_all.sh tables does it again")

@@ -1,0 +1,76 @@
+"""Picture files made from picture files: how they are read and written, and where they go."""
+import io
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from replicate.files import as_seen, opened, pictures_below
+from replicate.records import InputError, write_atomically
+
+CLEAR = (".png", ".tif", ".tiff", ".webp", ".avif", ".jp2")  # may hold transparency
+WRITTEN = (*CLEAR, ".jpg", ".jpeg", ".jpe", ".jfif", ".ppm", ".bmp")
+
+
+def read(path):
+    """Picture file -> (RGB picture as seen, its alpha channel or None).  Where there is an alpha
+    channel, the picture is not laid on white, so that the two together are the picture."""
+    with opened(path) as picture:
+        if not picture.has_transparency_data or picture.mode.startswith("I"):
+            return as_seen(picture), None
+        picture = ImageOps.exif_transpose(picture).convert("RGBA")
+        return picture.convert("RGB"), picture.getchannel("A")
+
+
+def encode(picture, alpha, kind):
+    """(bytes of an RGB picture with its alpha channel, or None, as a file of a kind such as ".png";
+    "", or what to say where the kind holds no transparency: the picture is laid on white then)."""
+    kind, buffer, lost = kind.lower(), io.BytesIO(), ""
+    if alpha and alpha.getextrema()[0] < 255:
+        picture.putalpha(alpha)
+        if kind not in CLEAR:
+            picture, lost = as_seen(picture), f"; transparency is lost, {kind} holds none"
+    quality = {} if kind.startswith(".tif") else {"quality": 95}
+    picture.save(buffer, Image.registered_extensions()[kind], **quality)
+    return buffer.getbuffer(), lost
+
+
+def write(path, content):
+    """A file that is whole or not there; InputError where the disk does not take it."""
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}): make room or give another "
+                         "place") from None
+
+
+def pair(source, target):
+    """{file to write: picture to read} for a picture or a folder of pictures and the file or folder
+    that they go to.  Kinds that cannot be written become .png; no two get one name.  InputError
+    where source and target do not fit."""
+    known, many, kind = Image.registered_extensions(), source.is_dir(), target.suffix.lower()
+    written = [each for each in WRITTEN if known.get(each) in Image.SAVE]
+    if not many and not source.is_file():
+        raise InputError(f"no picture or folder {source}")
+    if not target.is_dir():
+        if many and (target.exists() or kind in (*known, ".heic", ".jxl")):
+            raise InputError(f"{source} is a folder: give a folder to write to, not {target}")
+        if not many and kind in written:
+            return {target: source}
+        if not many and kind:
+            raise InputError(f"{target} cannot be written; kinds: {' '.join(written)}")
+    found, left_out = pictures_below(source) if many else ([source], {})
+    own, inner, pairs = source.resolve(), target.resolve(), {}
+    for path in map(Path, found):
+        if own in inner.parents and inner in path.resolve().parents and many:
+            continue  # made before, in a folder of the source
+        made = target / path.relative_to(source if many else source.parent)
+        while made.suffix.lower() not in written or made in pairs:
+            made = made.with_name(made.name + ".png")
+        pairs[made] = path
+    if many:
+        reasons = ", ".join(f"{count} {why}" for why, count in sorted(left_out.items()))
+        line = f"{source}: {len(pairs)} pictures" + f"; left out: {reasons}" * bool(reasons)
+        if not pairs:
+            raise InputError(line)
+        print(line, flush=True)
+    return pairs

@@ -1,0 +1,184 @@
+"""Run records, one JSON line for every finished row and seed, and what a paper's YAML declares."""
+import fnmatch
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ("trainer.py", "data.py", "files.py", "evaluate.py", "embedded.py")  # what can change a number
+
+
+class InputError(Exception):
+    """Something the user gave is wrong: one line, exit status 2, nothing written."""
+
+
+# Records
+def append(path, record):
+    """Add a line in one write, on the disk when this returns; a torn last line is closed first.
+
+    Raises OSError where that fails and ValueError for NaN; the file then is as it was.
+    """
+    line = (json.dumps(record, sort_keys=True, allow_nan=False) + "\n").encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        written = os.write(descriptor, line)
+        if written < len(line):
+            end = os.lseek(descriptor, 0, os.SEEK_CUR)
+            if os.fstat(descriptor).st_size == end:  # nobody else has written since
+                os.ftruncate(descriptor, end - written)
+            raise OSError(28, "the disk is full, the record was not written")
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_record(record):
+    """Whether a parsed line has the fields, of the right types, that the tables are made from."""
+    return (isinstance(record, dict) and isinstance(record.get("row"), str)
+            and isinstance(record.get("config_hash"), str) and type(record.get("seed")) is int
+            and record.get("status") in ("ok", "failed")
+            and (record["status"] == "failed"
+                 or type(record.get("value")) in (int, float) and math.isfinite(record["value"])
+                 and isinstance(record.get("code", ""), (str, dict))
+                 and all(isinstance(record.get(name, {}), dict) for name in ("config", "data"))))
+
+
+def read(path):
+    """(records in the order they were written, one warning for every damaged line)."""
+    records, warnings = [], []
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else [], start=1):
+        try:
+            record = json.loads(line) if line.strip() else None
+            valid = is_record(record)
+        except (ValueError, OverflowError, RecursionError):
+            record, valid = line, False
+        if valid:
+            records.append(record)
+        elif record is not None or line.strip():
+            warnings.append(f"{'/'.join(path.parts[-3:])} line {number}: not a record, skipped")
+    return records, warnings
+
+
+def find(records, row, seed, config_hash, data=None):
+    """The last finished record of a row, or None.
+
+    data: {name: SHA-256} of the data at hand; a record made with others does not count.
+    """
+    wanted = (row, seed, config_hash, "ok")
+    keys = ("row", "seed", "config_hash", "status")
+    return next((r for r in reversed(records) if tuple(r[key] for key in keys) == wanted
+                 and same_data(r.get("data", {}), data or {})), None)
+
+
+def same_data(first, second):
+    """Whether two dicts {name: SHA-256} agree in the names that both have."""
+    return all(first[name] == second[name] for name in first.keys() & second.keys())
+
+
+# What a paper's YAML declares
+def expand(rows):
+    """{row: what the YAML says of it}, with a/block{1,2}/b written out."""
+    made = {}
+    for pattern, entry in (rows or {}).items():
+        before, brace, rest = pattern.partition("{")
+        inside, _, after = rest.partition("}")
+        for part in inside.split(",") if brace else [""]:
+            made[before + part + after] = entry or {}
+    return made
+
+
+def rows_of(curve):
+    """The rows that a curve draws."""
+    return [row for line in curve["lines"].values()
+            for row in ([line["row"]] if isinstance(line, dict) else [row for _, row in line])]
+
+
+def read_declared(path):
+    """What <paper>.yaml says, rows and claims spelt out; path: that file's or the script's.
+
+    A claim gets first, sign, second and margin: "a > b + 5" says a is above b by more than 5, and
+    "a < b - 5" below it by as much.  InputError where the file is of another shape.
+    """
+    path = Path(path).with_suffix(".yaml")
+    try:
+        declared = {"claims": {}, "curves": {}, "comparable": ["full", "paper"], "title": path.stem,
+                    **yaml.safe_load(path.read_text(encoding="utf-8"))}
+        declared["rows"] = expand(declared.get("rows"))
+        declared["scales"] = declared.get("scales") or {}
+        for name, claim in declared["claims"].items():
+            parts = re.fullmatch(r"(\S+) ([<>]) (\S+)(?: ([+-]) ([\d.]+))?", claim["test"])
+            if not parts:
+                raise InputError(f"{path.name}: claim '{name}' is not of the form 'row > row + 5'")
+            first, sign, second, direction, margin = parts.groups()
+            margin, against = float(margin or 0), (direction == "+") != (sign == ">")
+            shift = f" {direction} {margin}" if margin else ""
+            claim["test"] = f"{first} {sign} {second}{shift}"
+            claim["margin"] = -margin if margin and against else margin
+            claim.update(first=first, sign=sign, second=second)
+        named = {row for curve in declared["curves"].values() for row in rows_of(curve)}
+        for claim in declared["claims"].values():
+            named |= {claim["first"], claim["second"]}
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+        text = " ".join(str(error).split())
+        kind = type(error).__name__
+        raise InputError(f"{path.name} is not of the right shape ({kind}: {text})") from None
+    missing = sorted(named - declared["rows"].keys())
+    if missing:
+        lacking = ", ".join(missing)
+        raise InputError(f"{path.name}: claims or curves name rows that it lacks: {lacking}")
+    return declared
+
+
+def matching(rows, globs):
+    """Those of the rows that match one of the globs, in their order."""
+    return [row for row in rows if any(fnmatch.fnmatchcase(row, glob) for glob in globs)]
+
+
+# Where a record comes from
+def code_hash(script, root=ROOT):
+    """12 hex digits of the bytes of a script and shared files that can change its numbers."""
+    files = [Path(script), *(root / "replicate" / name for name in SHARED)]
+    files = [file for file in files if file.exists()]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+def provenance(script):
+    """{"code", "commit", "dirty", "started"}; commit and dirty are None outside git."""
+    def git(*words):
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    files = [str(Path(script).resolve().with_suffix(suffix)) for suffix in (".py", ".yaml")]
+    try:
+        commit = git("rev-parse", "HEAD")
+        dirty = bool(git("status", "--porcelain", "--", *files, "requirements.txt",
+                         *(f"replicate/{name}" for name in SHARED)))
+    except (OSError, subprocess.CalledProcessError):
+        commit = dirty = None
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"code": code_hash(script), "commit": commit, "dirty": dirty, "started": started}
+
+
+# Files
+def write_atomically(path, content):
+    """Write under a temporary name, fsync, rename: the file is whole or not there; else OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,139 @@
+import numpy as np
+import pytest
+import torch
+from conftest import write_folder
+from PIL import Image
+
+from replicate import data
+from replicate.files import decode, list_classes
+from replicate.records import InputError
+
+RAMP = np.linspace(0, 1, 16 * 16).reshape(16, 16)
+
+
+def deep(path, values, kind):
+    Image.fromarray(values.astype(kind)).save(path)
+    return decode(path)[0].float() / 255
+
+
+@pytest.mark.parametrize("name,top,kind", [
+    ("grey16.png", 65535, np.uint16), ("grey16.tif", 65535, np.uint16), ("twelve.png", 4095, np.uint16),
+    ("twelve.tif", 4095, np.uint16), ("grey32.tif", 2 ** 31 - 1, np.int32), ("unit.tif", 1, np.float32),
+    ("level.tif", 255, np.float32)])
+def test_pictures_deeper_than_eight_bits_keep_their_levels(tmp_path, name, top, kind):
+    got = deep(tmp_path / name, RAMP * top, kind)
+    expected = torch.from_numpy(RAMP).float() * (0.5 if "32.tif" in name and kind is np.int32 else 1)
+    assert (got - expected).abs().max() < 1.5 / 255
+
+
+def test_a_picture_is_turned_as_its_orientation_says(tmp_path):
+    upright = np.zeros((20, 30, 3), np.uint8)
+    upright[:10] = 255  # bright above
+    for orientation, stored in ((3, upright[::-1, ::-1]), (6, np.rot90(upright)), (8, np.rot90(upright, 3))):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "turned.png", exif=exif)
+        assert torch.equal(decode(tmp_path / "turned.png"), torch.from_numpy(upright).permute(2, 0, 1))
+
+
+def test_transparent_parts_lie_on_white(tmp_path):
+    for name, mode in (("a.png", "RGBA"), ("b.png", "LA")):
+        picture = Image.new(mode, (16, 16), 0)  # black, wholly transparent
+        picture.save(tmp_path / name)
+        assert (decode(tmp_path / name) == 255).all()
+    palette = Image.new("P", (16, 16), 0)
+    palette.putpalette([10, 20, 30] * 256)
+    palette.save(tmp_path / "c.png", transparency=0)
+    assert (decode(tmp_path / "c.png") == 255).all()
+    half = Image.new("RGBA", (16, 16), (0, 0, 0, 128))
+    half.save(tmp_path / "d.webp", lossless=True)
+    assert (decode(tmp_path / "d.webp").float() - 127).abs().max() <= 1
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n" + b"\0" * 40, b"GIF89a\1\0"])
+def test_a_file_that_is_no_picture_gets_one_line(tmp_path, content):
+    (tmp_path / "odd \U0001f408.png").write_bytes(content)
+    with pytest.raises(InputError, match="cannot be read .*: mend or remove it"):
+        decode(tmp_path / "odd \U0001f408.png")
+
+
+def test_a_gigantic_picture_gets_one_line(tmp_path):
+    Image.new("1", (20000, 10000)).save(tmp_path / "large.png")
+    with pytest.raises(InputError, match="large.png cannot be read"):
+        decode(tmp_path / "large.png", 32)
+
+
+def test_a_listing_says_what_it_took_and_what_it_left_out(tmp_path, capsys):
+    root = write_folder(tmp_path, parts=("train",)) / "train"
+    Image.new("RGB", (20, 20)).save(root / "cat" / "more.jfif", "JPEG")
+    for name in (".DS_Store", ".hidden.png", "notes.txt", "raw.heic"):
+        (root / "cat" / name).write_bytes(b"x")
+    (root / "dog" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (root / "dog" / "again").symlink_to(root / "dog")  # a loop
+    for folder in ("@eaDir", ".thumbnails"):
+        (root / folder).mkdir()
+        (root / "cat" / folder).mkdir()
+        (root / "cat" / folder / "small.png").write_bytes(b"x")
+    paths, labels, classes = list_classes(root)
+    assert classes == ["cat", "dog"] and labels == [0] * 7 + [1] * 6 and paths == sorted(paths)
+    printed = capsys.readouterr().out
+    for part in ("13 pictures (cat 7, dog 6)", "4 hidden", "1 .heic", "1 .txt", "1 dangling link", "1 folder seen before"):
+        assert part in printed
+
+
+def test_streamed_batches_need_no_shared_memory_and_end_with_the_consumer(tmp_path):
+    root = write_folder(tmp_path)
+    resident = data.load(f"folder:{root}", tmp_path, "cpu", 16, streamed=False).train
+    streamed = data.load(f"folder:{root}", tmp_path, "cpu", 16, streamed=True).train
+
+    def order():
+        while True:  # as endless as training's
+            yield torch.tensor([3, 0, 9])
+
+    batches = streamed.batches(order())
+    for _ in range(3):
+        images, labels = next(batches)
+        assert torch.equal(images, resident.images[[3, 0, 9]]) and labels.tolist() == [0, 0, 1]
+    batches.close()
+    (root / "train" / "cat" / "3.png").write_bytes(b"rubbish")
+    with pytest.raises(InputError, match="3.png cannot be read"):
+        list(streamed.batches([torch.tensor([3])]))
+
+
+@pytest.mark.parametrize("content", [b"", b"BZh91AY&SY cut", b"<html>404</html>"])
+def test_damaged_raw_files_are_set_aside_and_fetched_again(tmp_path, capsys, monkeypatch, content):
+    (tmp_path / "usps.bz2").write_bytes(content)
+    fetched = []
+    torchvision = data._torchvision
+
+    def fetch(name, root, download):
+        if not download:
+            return torchvision(name, root, download)
+        fetched.append(name)
+        raise OSError("no network")
+
+    monkeypatch.setattr(data, "_torchvision", fetch)
+    with pytest.raises(InputError, match="usps.* cannot be downloaded .no network"):
+        data.load("usps", tmp_path, "cpu")
+    assert fetched == ["usps"] and (tmp_path / "usps.bz2.damaged").read_bytes() == content
+    assert "set aside as usps.bz2.damaged" in capsys.readouterr().out
+
+
+def test_short_idx_files_are_set_aside_and_unpacked_again(tmp_path, capsys, monkeypatch):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        for kind in ("images-idx3", "labels-idx1"):
+            (raw / f"{part}-{kind}-ubyte").write_bytes(b"\0\0\10\3\0\0")
+    (raw / "train-images-idx3-ubyte.gz").write_bytes(b"an archive")
+    monkeypatch.setattr(data, "_download", lambda *_: pytest.skip("fetched again, as it should"))
+    try:
+        data.load("mnist", tmp_path, "cpu")
+    finally:
+        assert sorted(path.suffix for path in raw.iterdir()) == [".damaged"] * 4 + [".gz"]
+
+
+def test_part_of_imagenette_is_not_taken_for_the_whole(tmp_path):
+    write_folder(tmp_path / "imagenette2-160", parts=("train", "val"))
+    with pytest.raises(InputError, match="12 and 8 pictures where imagenette has 9469 and 3925"):
+        data.load("imagenette", tmp_path, "cpu")
