@@ -721,8 +721,9 @@ def load_encoder(run, path, stem):
         with torch.serialization.safe_globals(scalars):  # settings beside the weights do no harm
             state = tensors_in(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # rubbish can make torch.load raise nearly anything
-        raise trainer.InputError(f"{path} is no checkpoint that is safe to read ({type(error).__name__}"
-                                 "): torch.save its state dict alone, and give that") from None
+        raise trainer.InputError(f"{path} is no checkpoint that is safe to read "
+                                 f"({type(error).__name__}): torch.save its state dict alone, "
+                                 "and give that") from None
     first = min((name for name, w in state.items() if name.endswith(("conv1.weight", "0.weight"))
                  and w.dim() == 4 and w.shape[1] == 3), key=len, default="")
     if not first:
@@ -730,9 +731,11 @@ def load_encoder(run, path, stem):
     prefix = first.removesuffix("conv1.weight").removesuffix("0.weight")
     state = {name.removeprefix(prefix): w for name, w in state.items() if name.startswith(prefix)}
     if "conv1.weight" not in state:  # children of an nn.Sequential: 2 and 3 are ReLU and pooling
-        names = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+        names = {"0": "conv1", "1": "bn1",
+                 "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
         parts = {name: name.partition(".") for name in state}
-        state = {names.get(parts[name][0], "") + "." + parts[name][2]: w for name, w in state.items()}
+        state = {f"{names.get(parts[name][0], '')}.{parts[name][2]}": w
+                 for name, w in state.items()}
     headed = "projection_head.0.weight" in state or torch.as_tensor(state.get("fc.weight", 0)).any()
     state = {name: w for name, w in state.items() if name.startswith(("conv1.", "bn1.", "layer"))}
     channels, _, kernel, _ = state["conv1.weight"].shape
