@@ -12,7 +12,8 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ("trainer.py", "data.py", "files.py", "evaluate.py", "embedded.py")  # what can change a number
+# The shared files that can change a number
+SHARED = ("trainer.py", "data.py", "files.py", "evaluate.py", "embedded.py")
 
 
 class InputError(Exception):

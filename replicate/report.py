@@ -224,7 +224,8 @@ def judge_all(declared, rows):
         first, second = rows[claim["first"]], rows[claim["second"]]
         pairs = [(a, b) for a in first["pooled"] for b in second["pooled"] if a["seed"] == b["seed"]
                  and records.same_data(a.get("data", {}), b.get("data", {}))]
-        left, right = ({pair[side]["seed"]: pair[side]["value"] for pair in pairs} for side in (0, 1))
+        left = {one["seed"]: one["value"] for one, _ in pairs}
+        right = {other["seed"]: other["value"] for _, other in pairs}
         verdict = judge_claim(left, claim["sign"], right, claim["margin"])
         claims.append({"id": name, "statement": claim["text"], "where": claim["where"],
                        "test": claim["test"], "margin": claim["margin"],
