@@ -1,9 +1,9 @@
 """Image sets as uint8 tensors on the device; files are streamed when they do not fit.
 
-Order of search for the data root: --data, $REPLICATE_DATA, ./data beside run_all.sh.  A set that is not there is
-downloaded by torchvision (its addresses and checksums), decoded once and packed as <root>/packed/<name>.npz with the
-keys x_train, y_train, x_test, y_test (images NHWC uint8; STL-10 has x_unlabeled too).  The SHA-256 of what was decoded goes
-into every record.
+Order of search for the data root: --data, $REPLICATE_DATA, ./data beside run_all.sh.  A set that is
+not there is downloaded by torchvision (its addresses and checksums), decoded once and packed as
+<root>/packed/<name>.npz with the keys x_train, y_train, x_test, y_test (images NHWC uint8; STL-10
+has x_unlabeled too).  The SHA-256 of what was decoded goes into every record.
 """
 import argparse
 import contextlib
@@ -51,9 +51,11 @@ class Resident:
 
 
 class Streamed:
-    """The same for image files that do not fit: threads decode two batches ahead (Pillow lets other threads run while it
-    works, and nothing goes through shared memory, of which containers have little); batches arrive on the device as uint8
-    (B,3,S,S)."""
+    """The same for image files that do not fit; batches arrive on the device as uint8 (B,3,S,S).
+
+    Threads decode two batches ahead: Pillow lets other threads run while it works, and nothing goes
+    through shared memory, of which containers have little.
+    """
 
     AHEAD = 2
 
@@ -67,15 +69,16 @@ class Streamed:
         pool, waiting = ThreadPoolExecutor(min(os.cpu_count() or 1, 16)), deque()
 
         def collect(indices, futures):
-            images, labels = torch.stack([future.result() for future in futures]), self.labels[indices]
+            batch = torch.stack([future.result() for future in futures]), self.labels[indices]
             if self.device.type == "cuda":
-                images, labels = images.pin_memory(), labels.pin_memory()
-            return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+                batch = [part.pin_memory() for part in batch]
+            return tuple(part.to(self.device, non_blocking=True) for part in batch)
 
         try:
             for indices in order:
                 indices = indices.cpu()
-                waiting.append((indices, [pool.submit(decode, self.files[i], self.size) for i in indices.tolist()]))
+                waiting.append((indices, [pool.submit(decode, self.files[i], self.size)
+                                          for i in indices.tolist()]))
                 if len(waiting) > self.AHEAD:
                     yield collect(*waiting.popleft())
             while waiting:
@@ -85,7 +88,8 @@ class Streamed:
 
     def take(self, indices):
         indices = torch.as_tensor(indices).tolist()
-        return Streamed([self.files[i] for i in indices], self.labels[indices], self.size, self.device)
+        files = [self.files[i] for i in indices]
+        return Streamed(files, self.labels[indices], self.size, self.device)
 
 
 @dataclass
@@ -109,29 +113,32 @@ class ImageSet:
 
 def data_root(argument=None):
     """--data, else $REPLICATE_DATA, else data/ beside run_all.sh; made absolute."""
-    return Path(argument or os.environ.get("REPLICATE_DATA") or ROOT / "data").expanduser().absolute()
+    root = argument or os.environ.get("REPLICATE_DATA") or ROOT / "data"
+    return Path(root).expanduser().absolute()
 
 
 def load(name, root, device, size=None, streamed=None):
     """Load an image set.
 
-    name: cifar10, mnist, usps, svhn, stl10; imagenette, imagenet (folders under the root); embedded, embedded-digits or
-    embedded-digits-blended (drawn by the code); folder:DIR with train/<class>/ and test/<class>/ (or val/).
-    size: side in pixels for files of any shape (shorter side resized, centre cropped); packed sets have their own.
+    name: cifar10, mnist, usps, svhn, stl10; imagenette, imagenet (folders under the root);
+    embedded, embedded-digits, embedded-digits-blended (drawn by the code); folder:DIR with
+    train/<class>/ and test/<class>/ (or val/).
+    size: side in pixels for files of any shape (shorter side resized, centre cropped); packed sets
+    have their own.
     streamed: None keeps a folder on the device when it takes less than a quarter of the memory.
     Raises InputError with one line that names the thing and the way out.
     """
-    device = torch.device(device)
-    root = Path(root)
+    device, root = torch.device(device), Path(root)
     if name.startswith("folder:") or name in ("imagenette", "imagenet"):
         return _load_folder(name, root, device, size, streamed)
     if name.startswith("embedded"):
         arrays = _draw(name, size)
     elif name in PACKED:
-        arrays = _read_packed(name, root)
+        arrays = _packed(root / "packed" / f"{name}.npz", _keys(name), *PACKED[name][:2],
+                         lambda: _from_torchvision(name, root))
     else:
-        raise InputError(f"unknown data set '{name}'; known: {', '.join(PACKED)}, imagenette, imagenet, "
-                         f"{', '.join(DRAWN)}, folder:DIR")
+        known = ", ".join((*PACKED, "imagenette", "imagenet", *DRAWN, "folder:DIR"))
+        raise InputError(f"unknown data set '{name}'; known: {known}")
     return _resident(name, arrays, device)
 
 
@@ -143,18 +150,25 @@ def _resident(name, arrays, device, class_names=()):
         images = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).to(device)
         return Resident(images, torch.from_numpy(y.astype(np.int64)).to(device))
 
-    return ImageSet(name, split(x_train, y_train), split(x_test, y_test), int(y_train.max()) + 1, digest_of(arrays),
-                    *(split(x, np.full(len(x), -1)) for x in x_unlabeled), class_names=class_names)
+    unlabeled = (split(x, np.full(len(x), -1)) for x in x_unlabeled)
+    return ImageSet(name, split(x_train, y_train), split(x_test, y_test), int(y_train.max()) + 1,
+                    digest_of(arrays), *unlabeled, class_names=class_names)
 
 
 # Packed sets: torchvision downloads and decodes, we keep one file
 TRAIN, SPLIT = ({"train": True}, {"train": False}), ({"split": "train"}, {"split": "test"})
-PACKED = {  # name -> (classes, image shape (H,W,C), torchvision's class, its arguments for train and test)
-    "cifar10": (10, (32, 32, 3), datasets.CIFAR10, TRAIN), "mnist": (10, (28, 28, 1), datasets.MNIST, TRAIN),
-    "usps": (10, (16, 16, 1), datasets.USPS, TRAIN), "svhn": (10, (32, 32, 3), datasets.SVHN, SPLIT),
+PACKED = {  # name -> (classes, image shape (H,W,C), torchvision's class, arguments for each part)
+    "cifar10": (10, (32, 32, 3), datasets.CIFAR10, TRAIN),
+    "mnist": (10, (28, 28, 1), datasets.MNIST, TRAIN),
+    "usps": (10, (16, 16, 1), datasets.USPS, TRAIN),
+    "svhn": (10, (32, 32, 3), datasets.SVHN, SPLIT),
     "stl10": (10, (96, 96, 3), datasets.STL10, (*SPLIT, {"split": "unlabeled"})),
 }
 KEYS = ("x_train", "y_train", "x_test", "y_test", "x_unlabeled")
+RAW = {"cifar10": "cifar-10-batches-py", "mnist": "MNIST/raw", "usps": "usps.bz2",
+       "svhn": "train_32x32.mat", "stl10": "stl10_binary"}
+COUNTS = {"cifar10": (50000, 10000), "mnist": (60000, 10000), "usps": (7291, 2007),
+          "svhn": (73257, 26032), "stl10": (5000, 8000)}
 
 
 def _keys(name):
@@ -162,17 +176,14 @@ def _keys(name):
 
 
 def _torchvision(name, root, download):
-    """The arrays of _keys(name), NHWC uint8 and uint8, from a torchvision data set with PIL images."""
+    """The arrays of _keys(name), all uint8, from torchvision's set, which gives PIL images."""
     arrays = []
-    for part in (PACKED[name][2](str(root), download=download, **arguments) for arguments in PACKED[name][3]):
+    for arguments in PACKED[name][3]:
+        part = PACKED[name][2](str(root), download=download, **arguments)
         images = np.stack([np.asarray(image) for image, _ in part])
         labels = torch.as_tensor(part.targets if hasattr(part, "targets") else part.labels).numpy()
         arrays += [images if images.ndim == 4 else images[..., None], labels.astype(np.uint8)]
     return arrays[:len(_keys(name))]
-
-
-RAW = {"cifar10": "cifar-10-batches-py", "mnist": "MNIST/raw", "usps": "usps.bz2", "svhn": "train_32x32.mat",
-       "stl10": "stl10_binary"}
 
 
 def _check_arrays(arrays, classes, shape):
@@ -186,16 +197,13 @@ def _check_arrays(arrays, classes, shape):
             raise ValueError(f"labels {y.min()}..{y.max()}; expected 0..{classes - 1}")
 
 
-def _read_packed(name, root):
-    return _packed(root / "packed" / f"{name}.npz", _keys(name), *PACKED[name][:2], lambda: _from_torchvision(name, root))
-
-
 def _packed(path, keys, classes, shape, make):
-    """The arrays of a packed file; one that is damaged is set aside, one that is not there is made, by one process."""
-    arrays = _read_arrays(path, keys, classes, shape)
+    """The arrays of a packed file; damaged ones are set aside, missing ones made by one process."""
+    expected = path, keys, classes, shape
+    arrays = _read_arrays(*expected)
     if arrays is None:
         with _alone(path):
-            arrays = _read_arrays(path, keys, classes, shape) or _make_packed(path, keys, classes, shape, make)
+            arrays = _read_arrays(*expected) or _make_packed(*expected, make)
     return arrays
 
 
@@ -211,7 +219,8 @@ def _read_arrays(path, keys, classes, shape):
         raise
     except Exception as error:  # rubbish can make numpy raise nearly anything
         aside = path.with_suffix(".npz.damaged")
-        print(f"warning: {path} is damaged ({error}); set aside as {aside.name} and made anew", flush=True)
+        print(f"warning: {path} is damaged ({error}); set aside as {aside.name} and made anew",
+              flush=True)
         try:
             path.replace(aside)
         except OSError:
@@ -227,12 +236,9 @@ def _make_packed(path, keys, classes, shape, make):
     try:
         write_atomically(path, buffer.getbuffer())
     except OSError as error:
-        print(f"warning: {path} could not be written ({error.strerror}); decoding again next time", flush=True)
+        print(f"warning: {path} could not be written ({error.strerror}); decoding again next time",
+              flush=True)
     return arrays
-
-
-COUNTS = {"cifar10": (50000, 10000), "mnist": (60000, 10000), "usps": (7291, 2007), "svhn": (73257, 26032),
-          "stl10": (5000, 8000)}
 
 
 def _from_torchvision(name, root):
@@ -244,32 +250,38 @@ def _from_torchvision(name, root):
             return arrays
         except ImportError:
             raise
-        except Exception as error:  # not there, cut short, or an error page under the name: anything may be raised
+        except Exception as error:  # not there, cut short or an error page: anything may be raised
             if "not found" not in str(error).lower() and not isinstance(error, FileNotFoundError):
                 _set_raw_aside(name, root, error)
         arrays = _download(name, root, lambda: _torchvision(name, root, download=True))
         _check_counts(name, arrays)
         return arrays
     except ImportError as error:
-        raise _needs_package(name, root, error) from None
+        raise InputError(f"data set '{name}': torchvision needs the package {error.name} to unpack "
+                         "it, which is not one of ours: install it once, or make "
+                         f"{root / 'packed' / name}.npz elsewhere") from None
     except ValueError as error:
-        raise InputError(f"data set '{name}' in {root}: {_line(error)}; remove its files there and repeat") from None
+        raise InputError(f"data set '{name}' in {root}: {_line(error)}; remove its files there and "
+                         "repeat") from None
 
 
 def _check_counts(name, arrays):
     counts = tuple(map(len, arrays[:4:2]))
     if counts != COUNTS[name]:
-        raise ValueError(f"{counts[0]} and {counts[1]} images where it has {COUNTS[name][0]} and {COUNTS[name][1]}")
+        found, known = (f"{train} and {test}" for train, test in (counts, COUNTS[name]))
+        raise ValueError(f"{found} images where it has {known}")
 
 
 def _set_raw_aside(name, root, error):
-    """Rename unpacked files that cannot be read; archives stay, since torchvision checks their checksums."""
+    """Rename unpacked files that cannot be read; torchvision checks archives itself."""
     place = root / RAW[name]
     for path in sorted(place.iterdir()) if place.is_dir() else [place, *root.glob(f"{name}*.bz2")]:
         if path.is_file() and not path.name.endswith((".gz", ".damaged")):
-            print(f"warning: {path} cannot be read ({_line(error)}); set aside as {path.name}.damaged", flush=True)
+            aside = path.with_name(path.name + ".damaged")
+            print(f"warning: {path} cannot be read ({_line(error)}); set aside as {aside.name}",
+                  flush=True)
             with contextlib.suppress(OSError):
-                path.replace(path.with_name(path.name + ".damaged"))
+                path.replace(aside)
 
 
 def _download(name, root, fetch):
@@ -282,15 +294,16 @@ def _download(name, root, fetch):
     except ImportError:
         raise
     except Exception as error:  # a broken archive can make the unpackers raise nearly anything
-        raise InputError(f"no data set '{name}' in {root}, and it cannot be downloaded ({_line(error)}): repeat, give "
-                         "the folder that holds it with --data DIR, or use --data embedded") from None
+        raise InputError(f"no data set '{name}' in {root}, and it cannot be downloaded "
+                         f"({_line(error)}): repeat, give the folder that holds it with --data "
+                         "DIR, or use --data embedded") from None
     finally:
         socket.setdefaulttimeout(timeout)
 
 
 @contextlib.contextmanager
 def _alone(path):
-    """Keeps other processes from making the same file at once; where the folder cannot be written, nobody makes it."""
+    """Keeps other processes from making the same file at once, if its folder can be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = open(path.with_name(path.name + ".lock"), "w")
@@ -302,58 +315,61 @@ def _alone(path):
         yield
 
 
-def _needs_package(name, root, error):
-    return InputError(f"data set '{name}': torchvision needs the package {error.name} to unpack it, which is not one "
-                      f"of ours: install it once, or make {root / 'packed' / name}.npz elsewhere")
-
-
 def _line(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def on_disk(root):
     """The names of the sets that lie in a data root, packed or as they were published."""
-    names = [name for name in PACKED if (root / "packed" / f"{name}.npz").exists() or (root / RAW[name]).exists()]
+    names = [name for name in PACKED
+             if (root / "packed" / f"{name}.npz").exists() or (root / RAW[name]).exists()]
     return names + [name for name in ("imagenette", "imagenet") if _folder(name, root)]
 
 
 def pick_scale(data="", device="auto", dataset=""):
-    """(scale, reason): the largest one that makes sense with these data on this machine; nobody is asked for more."""
+    """(scale, reason): the largest that makes sense with these data on this machine."""
     drawn = data == "embedded"
     if data and not drawn and not Path(data).is_dir():
         raise InputError(f"no data folder {data}: give --data DIR or --data embedded")
     root = data_root(None if drawn else data)
     names = ["embedded"] if drawn else [dataset] if dataset else on_disk(root)
     if not names:
-        return "smoke", (f"no data set in {root}, so drawn images stand in and the numbers mean nothing; for real ones "
-                         "put the data there, give --data DIR, or name a scale: ./run_all.sh small downloads them")
+        return "smoke", (f"no data set in {root}, so drawn images stand in and the numbers mean "
+                         "nothing; for real ones put the data there, give --data DIR, or name a "
+                         "scale: ./run_all.sh small downloads them")
     where = ", ".join(f"{name} (on disk)" for name in names)
     if torch.cuda.is_available() and device != "cpu":
         return "full", f"a CUDA GPU is visible; data: {where}"
     return "small", f"no CUDA GPU in use, so the reduced protocol; data: {where}"
 
 
-DRAWN = {"embedded": lambda count, seed, size: embedded.embedded_objects(count, seed, size or 32),
-         "embedded-digits": lambda count, seed, size: embedded.embedded_digits(count, seed),
-         "embedded-digits-blended": lambda count, seed, size: embedded.embedded_digits(count, seed, blended=True)}
+DRAWN = {
+    "embedded": lambda count, seed, size: embedded.embedded_objects(count, seed, size or 32),
+    "embedded-digits": lambda count, seed, _: embedded.embedded_digits(count, seed),
+    "embedded-digits-blended":
+        lambda count, seed, _: embedded.embedded_digits(count, seed, blended=True),
+}
 
 
 def _draw(name, size):
-    """The drawn sets, 10,000 train and 2,000 test images: as hard as their docstring says, the same on every machine."""
+    """The drawn sets, 10,000 train and 2,000 test images, the same on every machine."""
     if name not in DRAWN:
         raise InputError(f"unknown data set '{name}'; drawn sets are {', '.join(DRAWN)}")
-    return [array for count, seed in ((10000, 0), (2000, 1)) for images, labels in (DRAWN[name](count, seed, size),)
-            for array in (images.permute(0, 2, 3, 1).numpy(), labels.numpy().astype(np.uint8))]
+    arrays = []
+    for count, seed in ((10000, 0), (2000, 1)):
+        images, labels = DRAWN[name](count, seed, size)
+        arrays += [images.permute(0, 2, 3, 1).numpy(), labels.numpy().astype(np.uint8)]
+    return arrays
 
 
 # Folders of image files
-IMAGENETTE = ((9469, 3925), (12894, 500))  # pictures of train and val, in its second version and in its first
+IMAGENETTE = ((9469, 3925), (12894, 500))  # pictures of train and val: second version, first one
 
 
 def _folder(name, root):
     """The folder with train/ in it, or None."""
     if name.startswith("folder:"):
-        candidates = [Path(name[len("folder:"):]).expanduser()]
+        candidates = [Path(name.removeprefix("folder:")).expanduser()]
     else:
         candidates = sorted(root.glob("imagenette2*")) if name == "imagenette" else [root / name]
     return next((path for path in candidates if (path / "train").is_dir()), None)
@@ -362,50 +378,53 @@ def _folder(name, root):
 def _load_folder(name, root, device, size, streamed):
     folder = _folder(name, root)
     if folder is None and name == "imagenette":
-        _download(name, root, lambda: datasets.Imagenette(str(root), split="train", size="full", download=True))
+        _download(name, root, lambda: datasets.Imagenette(str(root), size="full", download=True))
         folder = _folder(name, root)
     if folder is None:
-        where = name[len("folder:"):] if name.startswith("folder:") else root
-        raise InputError(f"no folder with train/<class>/ images for '{name}' in {where}: give it with --data DIR or "
-                         "--set dataset=folder:DIR, or use --data embedded")
+        where = name.removeprefix("folder:") if name.startswith("folder:") else root
+        raise InputError(f"no folder with train/<class>/ images for '{name}' in {where}: give it "
+                         "with --data DIR or --set dataset=folder:DIR, or use --data embedded")
     test = folder / "test" if (folder / "test").is_dir() else folder / "val"
-    listings = [list_classes(part) for part in (folder / "train", test)]
-    names, test_names = (tuple(classes) for _, _, classes in listings)
+    files, labels, (names, test_names) = zip(*map(list_classes, (folder / "train", test)))
     if names != test_names:
         odd = sorted(set(names) ^ set(test_names))
         raise InputError(f"train and test in {folder} have different classes: {', '.join(odd[:5])}")
     if len(names) < 2:
-        which = f"only one class in {folder / 'train'} ({names[0]})" if names else f"no classes in {folder / 'train'}"
+        train = folder / "train"
+        which = f"only one class in {train} ({names[0]})" if names else f"no classes in {train}"
         raise InputError(f"{which}: at least two are needed")
-    counts = tuple(len(paths) for paths, _, _ in listings)
+    counts = tuple(map(len, files))
     if name == "imagenette" and counts not in IMAGENETTE:
-        raise InputError(f"{folder} holds {counts[0]} and {counts[1]} pictures where imagenette has 9469 and 3925: complete "
-                         f"it, or take it as it is with --set dataset=folder:{folder}")
+        raise InputError(f"{folder} holds {counts[0]} and {counts[1]} pictures where imagenette "
+                         "has 9469 and 3925: complete it, or take it as it is with "
+                         f"--set dataset=folder:{folder}")
     size = size or 128
     memory = (torch.cuda.mem_get_info(device)[1] if device.type == "cuda"
               else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     if streamed is None:
         streamed = sum(counts) * 3 * size * size > RESIDENT_SHARE * memory
-    files = [paths for paths, _, _ in listings]
-    labels = [torch.tensor(numbers) for _, numbers, _ in listings]
-    if streamed:  # reading a million files to hash them would take hours: names, sizes and labels stand for them
+    labels = [torch.tensor(numbers) for numbers in labels]
+    if streamed:  # hashing a million files takes hours: names and sizes stand for them
         digest = hashlib.sha256(f"size {size}".encode())
         for path in (*files[0], *files[1]):
             digest.update(f"{Path(path).relative_to(folder)} {os.path.getsize(path)}\n".encode())
         splits = [Streamed(paths, part, size, device) for paths, part in zip(files, labels)]
-        return ImageSet(name, *splits, len(names), digest.hexdigest(), class_names=names)
+        return ImageSet(name, *splits, len(names), digest.hexdigest(), class_names=tuple(names))
+
+    def picture(path):
+        return decode(path, size).permute(1, 2, 0).numpy()
 
     def decode_all():
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
-            return [array for paths, part in zip(files, labels) for array in (
-                np.stack(list(pool.map(lambda path: decode(path, size).permute(1, 2, 0).numpy(), paths))),
-                part.numpy())]
+            return [array for paths, part in zip(files, labels)
+                    for array in (np.stack(list(pool.map(picture, paths))), part.numpy())]
 
     if name == "imagenette":  # published, so the same for ever; a user's own folder may change
-        arrays = _packed(root / "packed" / f"{folder.name}-at-{size}.npz", KEYS[:4], len(names), (size, size, 3), decode_all)
+        arrays = _packed(root / "packed" / f"{folder.name}-at-{size}.npz", KEYS[:4], len(names),
+                         (size, size, 3), decode_all)
     else:
         arrays = decode_all()
-    return _resident(name, arrays, device, names)
+    return _resident(name, arrays, device, tuple(names))
 
 
 def digest_of(arrays):
@@ -417,7 +436,7 @@ def digest_of(arrays):
 
 
 def main(arguments=None):
-    """For run_all.sh: the scale on stdout, the reason on stderr; options that are not about data are passed over."""
+    """For run_all.sh: the scale on stdout, the reason on stderr; other options are passed over."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--data", default="")
     parser.add_argument("--device", default="auto")

@@ -74,7 +74,6 @@ OBJECTS = {
 }
 
 
-
 def _arc(x, y, radius_x, radius_y, start, stop, points=9):
     """Points on an ellipse, angles in degrees, clockwise on the screen from the right-hand end.
 

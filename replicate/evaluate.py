@@ -1,6 +1,6 @@
 """Protocols on features, the same for every paper.  Accuracies are in percent.
 
-No test label is seen before the final count of hits: the linear probe chooses its penalty on train.
+No test label is seen before the final count: the linear probe chooses its penalty on train.
 """
 import contextlib
 import hashlib
@@ -34,12 +34,12 @@ def extract_features(encoder, images, batch_size=500):
 
 @torch.no_grad()
 def accuracies(predict, split, batch_size=500):
-    """predict(images) -> {name: scores (B,K)}; returns {name: percent of the split told right}."""
-    hits = {}
+    """predict(images) -> {name: scores (B,K)}; returns {name: percent of the split it names correctly}."""
+    correct = {}
     for images, labels in in_order(split, batch_size):
         for name, scores in predict(images).items():
-            hits[name] = hits.get(name, 0) + (scores.argmax(1) == labels).sum()
-    return {name: 100.0 * float(count) / len(split) for name, count in hits.items()}
+            correct[name] = correct.get(name, 0) + (scores.argmax(1) == labels).sum()
+    return {name: 100.0 * float(count) / len(split) for name, count in correct.items()}
 
 
 @contextlib.contextmanager
@@ -70,12 +70,14 @@ def linear_probe(train_x, train_y, test_x, test_y, penalties=(1e-4, 1e-3, 1e-2),
     held, kept = order[:len(order) // 10], order[len(order) // 10:]
     if len(penalties) > 1 and len(held) >= classes:
         part, held = (train_x[kept], train_y[kept]), (train_x[held], train_y[held])
-        hits = [_hits(_fit_logistic(*part, classes, each, iterations), *held) for each in penalties]
-        penalty = penalties[hits.index(max(hits))]
-    return _hits(_fit_logistic(train_x, train_y, classes, penalty, iterations), test_x, test_y)
+        scores = [_accuracy(_fit_logistic(*part, classes, each, iterations), *held)
+                  for each in penalties]
+        penalty = penalties[scores.index(max(scores))]
+    model = _fit_logistic(train_x, train_y, classes, penalty, iterations)
+    return _accuracy(model, test_x, test_y)
 
 
-def _hits(model, x, y):
+def _accuracy(model, x, y):
     weight, bias = model
     return 100.0 * float((torch.addmm(bias, x, weight).argmax(1) == y).float().mean())
 
@@ -102,13 +104,13 @@ def knn_accuracy(train_x, train_y, test_x, test_y, k=20, temperature=0.07, batch
     """Votes of the k nearest by cosine, weighted by exp(similarity / temperature) (Wu et al. 2018);
     percent of correct ones."""
     train_y, test_y = train_y.to(train_x.device), test_y.to(test_x.device)
-    train_x, classes, hits = F.normalize(train_x.float(), dim=1), int(train_y.max()) + 1, 0
+    train_x, classes, correct = F.normalize(train_x.float(), dim=1), int(train_y.max()) + 1, 0
     for x, y in zip(test_x.split(batch_size), test_y.split(batch_size)):
         similarity = F.normalize(x.float(), dim=1) @ train_x.T
         similarity, nearest = similarity.topk(min(k, len(train_x)), dim=1)  # (B, k)
         votes = F.one_hot(train_y[nearest], classes) * (similarity / temperature).exp().unsqueeze(2)
-        hits += int((votes.sum(1).argmax(1) == y).sum())
-    return 100.0 * hits / len(test_x)
+        correct += int((votes.sum(1).argmax(1) == y).sum())
+    return 100.0 * correct / len(test_x)
 
 
 def low_shot(train_x, train_y, test_x, test_y, shots, seed=0):
@@ -230,7 +232,7 @@ def train_on_labels(run, data, name, model, see, labels=None, **fit):
 
 
 def class_accuracy(run, model, see, test):
-    """Percent of test images whose class a classifier tells right."""
+    """Percent of test images whose class a classifier names correctly."""
     model.eval()
     with run.autocast():
         return accuracies(lambda images: {"class": model(see(images))}, test)["class"]

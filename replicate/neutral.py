@@ -24,6 +24,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -88,7 +89,8 @@ def drive(paper, scales, glob, out):
     script = importlib.import_module(f"papers.{paper}")
     from replicate import data, report, trainer
     Run, seen, drawn = trainer.Run, {}, {}
-    now = {"scale": None, "name": None, "row": None, "trainings": {}, "images": IMAGES[0]}
+    now = {"scale": None, "name": None, "row": None, "trainings": {}, "images": IMAGES[0],
+           "fitting": False, "measuring": False, "met": set()}
 
     class Asked(BaseException):
         """The rows that a scale asks for first of all."""
@@ -114,24 +116,29 @@ def drive(paper, scales, glob, out):
         return decorate
 
     class Decisions(torch.overrides.TorchFunctionMode):
-        """Notes the floats that are turned into decisions, which a rounded value does not show."""
+        """Notes the floats that are turned into decisions, which a rounded value does not show.
+
+        Those of a training are left to its losses and weights.
+        """
 
         def __torch_function__(self, function, types, arguments=(), named=None):
-            if getattr(function, "__name__", "") in DECISIONS:
-                now["row"]["scores"] |= {digest(each) for each in arguments
-                                         if torch.is_tensor(each) and each.is_floating_point()}
+            if getattr(function, "__name__", "") in DECISIONS and now["row"] and not now["fitting"]:
+                scores = {digest(each) for each in arguments
+                          if torch.is_tensor(each) and each.is_floating_point()}
+                now["met"] |= scores
+                now["row"]["scores"] |= scores if now["measuring"] else set()
             return function(*arguments, **(named or {}))
 
     def watch(given, measure):
-        """Make a measure note its decisions and its value, on a part of the images."""
+        """Make a measure note its decisions and its value."""
         def watched(*splits):
-            with Decisions():
-                value = function(*splits)
-            note(value)
+            now["measuring"] = True
+            try:
+                note(value := function(*splits))
+            finally:
+                now["measuring"] = False
             return value
         function, given[measure] = given[measure], watched
-        count = now["images"]
-        given["splits"] = [s.take(range(count)) if len(s) > count else s for s in given["splits"]]
 
     def note(value):
         value = value.get(now["name"]) if isinstance(value, dict) else value
@@ -153,7 +160,11 @@ def drive(paper, scales, glob, out):
             return scalars
         given.update({"steps": len(real), loss: noted,
                       rate: lambda progress: schedule(real[round(progress * len(real))] / steps)})
-        result = original()
+        now["fitting"] = True
+        try:
+            result = original()
+        finally:
+            now["fitting"] = False
         if losses:  # else it was read from its checkpoint
             shares = [step / steps for step in range(0, steps, 1 + steps // 10000)]
             shares += [percent / 100 for percent in range(100)]
@@ -227,7 +238,8 @@ def drive(paper, scales, glob, out):
     def run(*arguments):
         """The script's main, silent -> its last message."""
         said = io.StringIO()
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said), \
+                Decisions():
             status = script.main(["--scale", now["scale"], "--seeds", "1", "--device", "cpu",
                                   "--results", f"{out}.results", "--runs", f"{out}.runs",
                                   *arguments])
@@ -243,7 +255,7 @@ def drive(paper, scales, glob, out):
     else:
         code = importlib.import_module("replicate.records").code_hash(path)
     for now["scale"] in scales:
-        now.update(row=None, trainings={})
+        now.update(row=None, trainings={}, met=set())
         try:
             run()
             continue  # the scale is unknown or has no rows
@@ -252,7 +264,7 @@ def drive(paper, scales, glob, out):
         rows, narrow = {}, []
         if now["scale"] != "smoke" and hasattr(first.config, "width"):
             narrow = ["--set", f"width={min(first.config.width, WIDTH)}"]
-        for now["images"] in IMAGES:
+        for now["images"] in IMAGES[:1] if now["scale"] == "smoke" else IMAGES:
             for now["name"] in [row for row in names if row not in rows or not rows[row]["value"]]:
                 now["row"] = {"value": None, "scores": set(), "trainings": set(), "uses": set()}
                 try:
@@ -262,7 +274,8 @@ def drive(paper, scales, glob, out):
                 rows[now["name"]] = {**now["row"], "error": error}
         for row in rows.values():
             row.update({key: sorted(row[key]) for key in ("scores", "trainings", "uses")})
-        seen[now["scale"]] = {"settings": first.hash, "trainings": now["trainings"], "rows": rows}
+        seen[now["scale"]] = {"settings": first.hash, "trainings": now["trainings"], "rows": rows,
+                              "met": sorted(now["met"])}
     Path(out).write_text(json.dumps({"code": code, "torch": torch.__version__, "scales": seen}))
 
 
@@ -294,8 +307,12 @@ def observe(trees, paper, scales, glob="*"):
         processes = [subprocess.Popen([*command, str(out)], cwd=tree,
                                       env={**environment, "PYTHONPATH": str(tree)})
                      for tree, out in zip(trees, outs)]
-        if any([process.wait() for process in processes]):
-            raise SystemExit(f"error: {paper} does not run; see above")
+        try:
+            if any([process.wait() for process in processes]):
+                raise SystemExit(f"error: {paper} does not run; see above")
+        finally:
+            for process in processes:
+                process.kill()
         return [json.loads(out.read_text()) for out in outs]
 
 
@@ -305,14 +322,13 @@ def differences(old, new):
         names = sorted(old[key].keys() | new[key].keys())
         return [(name, old[key].get(name), new[key].get(name)) for name in names]
     trainings = [name for name, first, second in differing("trainings") if first != second]
-    both_saw = set.intersection(*(set().union(*(row["scores"] for row in each["rows"].values()))
-                                  for each in (old, new)))
+    both_met = set(old["met"]) & set(new["met"])
 
     def same(part, first, second):
-        """A row may also look at scores that both versions have, for another row."""
+        """What one version does in a measure, another may have done before or for another row."""
         first, second = ({*row[part]} if part == "scores" else row[part] for row in (first, second))
         nested = part == "scores" and (first <= second or second <= first)
-        return first == second or nested and first ^ second <= both_saw
+        return first == second or nested and first ^ second <= both_met
     changed, parts = {}, ("value", "scores", "trainings", "uses")
     for row, *both in differing("rows"):
         if None in both:
@@ -356,6 +372,7 @@ def main(arguments=None):
     parser.add_argument("--rows", metavar="GLOB", help="several with commas; no line is written")
     parser.add_argument("--check", action="store_true", help="exit 1 without a line about today")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no child is left behind
     if options.check:
         messages = unexplained()
         print(*messages, sep="\n", end="\n" * bool(messages))

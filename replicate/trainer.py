@@ -82,7 +82,8 @@ def convert(name, value, kind):
 
 def is_text(kind):
     """Whether values of a type are taken as typed: a path may hold any character."""
-    return kind is str or typing.get_origin(kind) is typing.Literal and str in map(type, typing.get_args(kind))
+    choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+    return kind is str or any(isinstance(choice, str) for choice in choices)
 
 
 def parse_yaml(text):
@@ -295,10 +296,12 @@ class Run:
             return None
         found = records.find(self.records, row, self.seed, self.hash, self.sha256)
         if not found and (other := records.find(self.records, row, self.seed, self.hash)):
-            differ = [f"{name} {other['data'][name][:8]}, here {digest[:8]}" for name, digest in self.sha256.items()
+            differ = [f"{name} {other['data'][name][:8]}, here {digest[:8]}"
+                      for name, digest in self.sha256.items()
                       if other["data"].get(name, digest) != digest]
             if differ != self.differ:
-                self.say(f"{row} and perhaps others are recorded with other data ({', '.join(differ)}): measured anew")
+                self.say(f"{row} and perhaps others are recorded with other data "
+                         f"({', '.join(differ)}): measured anew")
                 self.differ = differ
         return found
 

@@ -59,7 +59,7 @@ def test_rows_that_are_computed_from_others_follow_them():
         rows = {"first": row, "other": {**row, "value": "o", "trainings": ["b"]},
                 "gap": {**row, "value": "g", "trainings": [], "uses": ["first"]},
                 "failed": {**row, "value": None, "trainings": [], "error": "too small"}}
-        return {"trainings": {"a": weights, "b": "w"}, "rows": rows}
+        return {"trainings": {"a": weights, "b": "w"}, "rows": rows, "met": []}
     assert neutral.differences(seen("v"), seen("v"))[1] == {"failed": "not compared (too small)"}
     for new in (seen("w"), seen("v", "x")):
         assert neutral.differences(seen("v"), new)[1].keys() == {"first", "gap", "failed"}
@@ -67,7 +67,7 @@ def test_rows_that_are_computed_from_others_follow_them():
     more["rows"]["first"]["scores"] = ["s"]
     assert "first" in neutral.differences(seen("v"), more)[1]
     for each in (more, scored):
-        each["rows"]["other"]["scores"] = ["s"]
+        each["met"] = ["s"]
     assert "first" not in neutral.differences(scored, more)[1]  # it looked at another row's scores
     without = seen("v")
     del without["rows"]["other"]
