@@ -2,32 +2,26 @@
 Spyros Gidaris, Praveer Singh, Nikos Komodakis.  ICLR 2018, arXiv 1803.07728.
 
 Claim: telling which way up a photograph is teaches features that nearly match supervised ones.
-
 Method: every image enters the mini-batch four times, turned by 0, 90, 180 and 270 degrees.  A
-network in network tells the four apart by softmax cross-entropy; chance is ln 4.  Quarter turns
-move pixels without resampling, so no trace of the turning gives the answer away.  Then the network
-is frozen, and small classifiers on the feature map of each block measure what it has learnt.  The
-same classifiers on a network that was never trained are the control.
+convolutional network, the trunk, learns by cross-entropy which turn it sees; chance costs ln 4.
+Quarter turns move pixels without resampling, so no trace of the turning gives the answer away.
+Then the trunk is frozen, and a head, a classifier on the feature map of one of its blocks, measures
+what that block has learnt.  The same heads on a trunk that was never trained are the control.
 
 Deviations (official code: github.com/gidariss/FeatureLearningRotNet, commit 8539de6)
  1. We train 100 epochs as in the paper (released code: 200), with the released Nesterov momentum.
- 2. Eight rotations: the paper does not say how it fills the corners of a picture turned by 45
-    degrees.  We keep the central square that no corner reaches (22 pixels of 32; the probes see all
-    32), and blur the other copies as much as that turn does, or corners or blur would tell.
- 3. Fine-tuning: the paper gives no schedule.  Ours is the conv probe's, from a fifth of its rate.
- 4. Plain probes are ours: logistic regression and weighted 20-NN on maps averaged to at most
-    probe_cells x probe_cells.  The values shown beside them are from a later paper's same network.
- 5. Heads on one frozen network are trained side by side; no bias before any batch-norm.
- 6. Scale paper: crops are cut from ImageNet decoded to squares of 256 pixels; 50 epochs with drops
-    at 15, 30 and 45 as released, where the paper has 30 with drops at 10 and 20.
+ 2. Eight rotations: corners and blur of a turn by 45 degrees would tell the answer.  We keep the
+    central square (22 pixels of 32; heads see all 32) and blur the upright copies as much.
+ 3. Fine-tuning: the paper gives no schedule.  Ours is the conv head's, from a fifth of its rate.
+ 4. Plain probes are ours: logistic regression and 20 nearest neighbours on averaged feature maps.
+ 5. Heads on one frozen trunk are trained side by side.  Layers before a batch-norm have no bias.
+ 6. Scale paper: crops of squares of 256 pixels; 50 epochs and their drops as released (paper: 30).
  7. Convolutions and matrix products run in bfloat16 (--set precision=float32 for the original's).
  8. Left out: Places (Table 6), PASCAL VOC (Table 7), accuracy over pretext epochs (Fig. 5a).
  9. Scale small: narrower, less training (fine-tuning least); values are not comparable, claims are.
-10. The random control has batch-norm statistics of 500 images, as a trained network has.  Those of
-    the released control, random-official, are 0 and 1, and its convolutions' weights are torch's.
+10. Our control, random, has batch-norm statistics of 500 images; random-official is as released.
 
-Run: python -m papers.gidaris_rotation --scale small   (CIFAR-10; two CPU cores: half an hour for
-two seeds side by side).  --scale full: the paper's protocol, one GPU.  --scale paper: ImageNet.
+python -m papers.gidaris_rotation --scale small   # CIFAR-10, two CPU cores: 30 minutes, two seeds
 Result, small: rotnet4/conv 50.6 +- 0.9 against supervised 57.9 (n = 3); paper, full training: 91.16
 """
 import contextlib
@@ -48,18 +42,19 @@ from replicate.launch import launch
 
 @dataclass
 class Config:
+    """Settings of a run.  drops: fractions of a training at which its rate falls by a factor."""
     seed: int
     dataset: str = "cifar10"            # Sec. 3.1
     image_size: int = 32                # files of folders are decoded to this side
     crop_size: int = 32                 # what the network sees
     crop_padding: int = 4               # official code
     streamed: bool = False              # decode files on the fly, do not keep them on the device
-    width: float = 1.0                  # of the paper's channels; below 1: ours, reduced budget
+    width: float = 1.0                  # ours: channels, as a fraction of the paper's
     batch_size: int = 128               # Sec. 3.1: images, each in all its rotations
     pretext_epochs: float = 100.0       # Sec. 3.1
     pretext_rate: float = 0.1           # Sec. 3.1
-    pretext_drops: tuple[float, ...] = (0.3, 0.6, 0.8)      # Sec. 3.1: fractions of the training
-    pretext_factor: float = 0.2         # Sec. 3.1: of the rate, at each drop
+    pretext_drops: tuple[float, ...] = (0.3, 0.6, 0.8)      # Sec. 3.1
+    pretext_factor: float = 0.2         # Sec. 3.1
     head_rate: float = 0.1              # official code
     head_factor: float = 0.2            # official code
     nonlinear_epochs: float = 100.0     # official code
@@ -68,11 +63,11 @@ class Config:
     conv_drops: tuple[float, ...] = (0.35, 0.7, 0.85)       # official code
     supervised_epochs: float = 200.0    # official code
     supervised_drops: tuple[float, ...] = (0.3, 0.6, 0.8)   # official code
-    finetune_epochs: float = 100.0      # ours: as the convolutional probe
+    finetune_epochs: float = 100.0      # ours: as conv_epochs
     finetune_rate: float = 0.02         # ours: a fifth of head_rate
     linear_epochs: float = 35.0         # official code, ImageNet only
     linear_drops: tuple[float, ...] = (1 / 7, 3 / 7, 5 / 7)  # official code, ImageNet only
-    mean: tuple[float, ...] = (125.3, 123.0, 113.9)         # official code: of channels, on 0..255
+    mean: tuple[float, ...] = (125.3, 123.0, 113.9)         # official code: on 0..255
     deviation: tuple[float, ...] = (63.0, 62.1, 66.7)       # official code: standard deviation
     momentum: float = 0.9               # Sec. 3.1
     weight_decay: float = 5e-4          # Sec. 3.1
@@ -82,8 +77,8 @@ class Config:
     shards: int = 8                     # ours: parts of a batch with random streams of their own
 
     def __post_init__(self):
-        for name in ("image_size", "width", "probe_cells"):
-            assert getattr(self, name) > 0, f"{name} must be above 0, not {getattr(self, name)}"
+        least = min(self.image_size, self.width, self.probe_cells)
+        assert least > 0, "image_size, width and probe_cells must be above 0"
         assert self.crop_size >= 16, f"crop_size {self.crop_size}: the network needs 16 pixels"
         assert len(self.mean) == len(self.deviation) == 3, "mean, deviation: one value a channel"
 
@@ -103,23 +98,22 @@ def rotate_four_ways(images):
 def rotate_eight_ways(images):
     """(N,C,S,S) uint8 -> (images (8N,C,s,s), eighth_turns (8N,)); s = S / sqrt(2) (deviation 2).
 
-    Blending neighbours with weights 1 - t and t scales white noise's variance by t^2 + (1 - t)^2.
-    In a turn by 45 degrees t takes all values in 0..1, on average that makes 2/3; so does `shift`.
+    A turn by 45 degrees blends neighbours with weights 1 - t and t, all t from 0 to 1, which leaves
+    (1 - t)^2 + t^2 of noise's variance, on average 2/3.  Upright copies get the t that gives 2/3.
     """
-    side = int(images.shape[-1] / math.sqrt(2)) // 2 * 2
-    values, shift = images.float(), (1 - 3 ** -0.5) / 2
+    values, t = images.float(), (1 - 3 ** -0.5) / 2
     with torch.autocast(images.device.type, enabled=False):  # bfloat16 would be half a pixel off
         slanted = transforms.rotate(values, 45, transforms.InterpolationMode.BILINEAR)
-    upright = torch.lerp(values, values.roll(-1, 3), shift)
-    upright = torch.lerp(upright, upright.roll(-1, 2), shift)
+    upright = torch.lerp(values, values.roll(-1, 3), t)
+    upright = torch.lerp(upright, upright.roll(-1, 2), t)
+    side = int(images.shape[-1] / math.sqrt(2)) // 2 * 2  # even, and no corner reaches into it
     copies = transforms.center_crop(torch.cat([upright, slanted]), [side, side])
     turned, _ = rotate_four_ways(copies.round().to(images.dtype))  # 0, 45, 90, 135, ... degrees
     return turned, torch.arange(8, device=images.device).repeat_interleave(len(images))
 
 
 def rotate(images, degrees):
-    """(N,C,S,S) -> (images (len(degrees) * N,C,s,s), labels): the pretext task with one of the
-    paper's four sets of rotations.  A label is a position in `degrees`."""
+    """(N,C,S,S) -> (a copy (K N,C,s,s) for each of the K degrees, their positions in `degrees`)."""
     if len(degrees) == 4:
         return rotate_four_ways(images)
     if len(degrees) == 8:
@@ -128,7 +122,6 @@ def rotate(images, degrees):
     return turned, torch.arange(len(degrees), device=images.device).repeat_interleave(len(images))
 
 
-# Crop and flip come first, the turn last: a flip after the turn would exchange 90 and 270 degrees.
 def pad_crop_and_flip(images, generator, size=32, pad=4):
     """(N,C,S,S) -> (N,C,size,size): zero padding, a random crop, one in two mirrored."""
     count, device = len(images), images.device
@@ -143,11 +136,12 @@ def pad_crop_and_flip(images, generator, size=32, pad=4):
 
 
 def resized_crop_and_flip(images, generator, size=224):
-    """The same for ImageNet: crops of area 0.08 to 1, aspect 3/4 to 4/3, resized bilinearly."""
+    """For ImageNet, -> float: crops of 0.08 to 1 of the area and 3/4 to 4/3 as wide as high."""
     area, aspect, x, y, flip = torch.rand(5, len(images), generator=generator, device=images.device)
     area, aspect = 0.08 + 0.92 * area, torch.exp((2 * aspect - 1) * math.log(4 / 3))
     width, height = (area * aspect).sqrt().clamp_max(1), (area / aspect).sqrt().clamp_max(1)
     zero, mirrored = torch.zeros_like(area), torch.where(flip < 0.5, -width, width)
+    # From positions in the crop to positions in the image, both -1 to 1 on each axis.
     affine = torch.stack([mirrored, zero, (2 * x - 1) * (1 - width),
                           zero, height, (2 * y - 1) * (1 - height)], 1).view(-1, 2, 3)
     grid = F.affine_grid(affine, [len(images), images.shape[1], size, size], align_corners=False)
@@ -155,7 +149,7 @@ def resized_crop_and_flip(images, generator, size=224):
 
 
 def normalize(images, config):
-    """(N,3,H,W) in 0..255 -> float, less the mean and over the deviation of each channel."""
+    """(N,3,H,W) in 0..255 -> float, minus the mean and over the standard deviation of a channel."""
     channels = [(images[:, c].float() - config.mean[c]) / config.deviation[c] for c in range(3)]
     return torch.stack(channels, 1).contiguous(memory_format=torch.channels_last)
 
@@ -170,7 +164,7 @@ def conv_norm_relu(inputs, outputs, kernel, stride=1, padding="same"):
 
 
 def linear_layer(inputs, outputs, bias=True):
-    """Weights of variance 2 / outputs, biases 0 (official code)."""
+    """A linear layer with weights of variance 2 / outputs and biases of 0 (official code)."""
     layer = nn.Linear(inputs, outputs, bias)
     nn.init.normal_(layer.weight, std=math.sqrt(2 / outputs))
     if bias:
@@ -179,6 +173,7 @@ def linear_layer(inputs, outputs, bias=True):
 
 
 def hidden_layer(inputs, outputs):
+    """The three layers of a hidden layer with batch-norm."""
     return linear_layer(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)
 
 
@@ -212,14 +207,16 @@ class BlockNetwork(nn.Module):
 
 
 def nin_block(number, inputs, width=1.0):
-    """-> (a block of the network in network, its output channels): a k x k and two 1 x 1
+    """-> (block `number` of a Network in Network, its output channels): a k x k and two 1 x 1
     convolutions; max-pooling after block 1, average pooling after block 2 (official code)."""
     channels = (192, 160, 96) if number == 1 else (192, 192, 192)
     first, second, third = (max(8, 8 * round(c * width / 8)) for c in channels)
     kernel = 5 if number <= 2 else 3
-    pooling = {1: nn.MaxPool2d(3, 2, 1), 2: nn.AvgPool2d(3, 2, 1)}.get(number, nn.Identity())
-    return nn.Sequential(conv_norm_relu(inputs, first, kernel), conv_norm_relu(first, second, 1),
-                         conv_norm_relu(second, third, 1), pooling), third
+    layers = [conv_norm_relu(inputs, first, kernel), conv_norm_relu(first, second, 1),
+              conv_norm_relu(second, third, 1)]
+    if number <= 2:
+        layers.append(nn.MaxPool2d(3, 2, 1) if number == 1 else nn.AvgPool2d(3, 2, 1))
+    return nn.Sequential(*layers), third
 
 
 class NetworkInNetwork(BlockNetwork):
@@ -253,63 +250,54 @@ class AlexNet(BlockNetwork):
 
 # ---- Objective ----
 
-def rotation_loss(scores, labels):
-    """Mean cross-entropy over all copies (Eq. 3), and the share of correct answers."""
+def pretext_loss(scores, labels):
+    """Scores (N,K), labels (N,) -> mean cross-entropy and the share of correct answers."""
     return {"loss": F.cross_entropy(scores.float(), labels),
             "accuracy": (scores.argmax(1) == labels).float().mean()}
 
 
-def make_optimizer(config, parameters):
+def make_optimizer(config, model):
     """SGD with Nesterov momentum; run.fit sets the learning rate at every step."""
-    return torch.optim.SGD(parameters, momentum=config.momentum,
+    return torch.optim.SGD(model.parameters(), momentum=config.momentum,
                            weight_decay=config.weight_decay, nesterov=config.momentum > 0)
 
 
 # ---- Pre-training ----
 
 QUARTER_TURNS = (0, 90, 180, 270)
-TRUNKS = {  # name -> (blocks, degrees of its pretext task; none: it is never trained)
+TRUNKS = {  # name -> (its blocks, the degrees that it tells apart)
     "rotnet4": (4, QUARTER_TURNS), "rotnet3": (3, QUARTER_TURNS), "rotnet5": (5, QUARTER_TURNS),
     "rotations0-180": (4, (0, 180)), "rotations90-270": (4, (90, 270)),
-    "rotations8": (4, tuple(range(0, 360, 45))), "random": (4, ()), "random-official": (4, ()),
-    "scratch": (4, ()), "alexnet": (5, QUARTER_TURNS), "alexnet-random": (5, ()),
-}
+    "rotations8": (4, tuple(range(0, 360, 45))), "alexnet": (5, QUARTER_TURNS)}
 
 
 def pretrain(run, data, config, name):
-    """-> Trained: one of TRUNKS, trained to tell rotations apart, or a control as initialised."""
+    """-> Trained: one of the TRUNKS, which has learnt to tell its rotations apart (Eq. 1 to 3)."""
     blocks, degrees = TRUNKS[name]
-    classes = max(len(degrees), 1)  # a control's own classifier is never used
-    crop = partial(pad_crop_and_flip, size=config.crop_size, pad=config.crop_padding)
-    if name.startswith("alexnet"):
-        model = run.build(AlexNet, classes, config.width)
+    if name == "alexnet":
+        model = run.build(AlexNet, len(degrees), config.width)
         crop = partial(resized_crop_and_flip, size=config.crop_size)
-    elif name == "random-official":
-        model = run.build(released_control, blocks, classes, config.width)
     else:
-        model = run.build(NetworkInNetwork, blocks, classes, config.width)
-    if name == "random":  # deviation 10
-        evaluate.recalibrate(model, partial(central_maps, run, model), data.train)
-    if not degrees:
-        return trainer.Trained(model)
+        model = run.build(NetworkInNetwork, blocks, len(degrees), config.width)
+        crop = partial(pad_crop_and_flip, size=config.crop_size, pad=config.crop_padding)
 
     def loss(batch, step):
         images, _ = batch  # the class labels stay unused
         images = run.augment(crop, images, f"{name}/augment", step)
-        rotated, labels = rotate(images, degrees)
-        return rotation_loss(model(normalize(rotated, config)), labels)
+        rotated, labels = rotate(images, degrees)  # last: mirrored, 90 degrees would look like 270
+        return pretext_loss(model(normalize(rotated, config)), labels)
 
     return run.fit(
         name, model, loss, run.shuffled(data.unlabeled, config.batch_size, name),
         steps=trainer.steps_in(config, config.pretext_epochs, data.unlabeled),
-        optimizer=make_optimizer(config, model.parameters()), chance=math.log(len(degrees)),
+        optimizer=make_optimizer(config, model), chance=math.log(len(degrees)),
         rate=trainer.stepped(config.pretext_rate, config.pretext_drops, config.pretext_factor))
 
 
 # ---- Evaluation ----
 
 def released_control(blocks, classes, width):
-    """A network whose own initialisation is never called, which leaves torch's (official code)."""
+    """The official control: its initialisation is never called, which leaves torch's weights."""
     model = NetworkInNetwork(blocks, classes, width)
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
@@ -317,8 +305,22 @@ def released_control(blocks, classes, width):
     return model
 
 
+def network(run, data, name):
+    """-> Trained: one of the TRUNKS, or one that is never trained: "random", "random-official",
+    "alexnet-random", or "scratch", with which supervised training begins."""
+    if name in TRUNKS:
+        return pretrain(run, data, run.config, name)
+    if name == "alexnet-random":  # one class, since its own classifier is never used
+        return trainer.Trained(run.build(AlexNet, 1, run.config.width))
+    make = released_control if name == "random-official" else NetworkInNetwork
+    model = run.build(make, 4, 1, run.config.width)
+    if name == "random":  # a trained network has statistics of its images, too
+        evaluate.recalibrate(model, partial(central_maps, run, model), data.train)
+    return trainer.Trained(model)
+
+
 def conv_head(shape, classes, width=1.0, block=2):
-    """A fresh third NIN block: with blocks 1 and 2 it is the supervised network (Sec. 3.1)."""
+    """A fresh third block, for maps of shape (N,C,h,w): the rest of a supervised NIN (Sec. 3.1)."""
     third, channels = nin_block(3, shape[1], width)
     return nn.Sequential(third, GlobalAverage(), linear_layer(channels, classes))
 
@@ -349,48 +351,48 @@ def head_scores(heads, rows, maps):
     return {row: heads[row](maps[block - 1]).float() for row, block in rows.items()}
 
 
-def probe(run, data, name, trunk, head, schedule, rows=None):
+def fit_heads(run, data, name, trunk, make_head, schedule, rows=None, finetune=False):
     """Train a head for each row, side by side, and record their test accuracies.
 
-    trunk: one of TRUNKS.  schedule: epochs, drops, rate, and whether the trunk is trained along.
-    rows: {row: block its head sees}, by default {name: 2}; all are trained whichever are wanted,
-    so that --rows changes no number.  An epoch draws as many images as all of train holds, so that
-    few labels do not mean few updates (Sec. 3.1, official code).
+    trunk: a name for `network`, trained as well where `finetune` says so.  schedule: epochs, drops,
+    rate; an epoch is as long with few labels as with all (Sec. 3.1, official code).  rows: {row:
+    block its head sees}; all are trained whichever are wanted, so that --rows changes no number.
     """
     rows = rows or {name: 2}
     if not run.wants(*rows):
         return
-    config, train, (epochs, drops, rate, finetune) = run.config, data.train, schedule
+    config, train, (epochs, drops, rate) = run.config, data.train, schedule
     if not evaluate.enough_labels(train.labels, name):
-        return run.record(name, None)
+        return run.record(name, None)  # leaves the row out
     if labels := evaluate.labels_of(name):
         train = train.take(evaluate.first_per_class(train.labels, labels))  # official code
-    begun = pretrain(run, data, config, trunk)
-    encoder = begun.model.eval()
-    encoder.blocks = encoder.blocks[:max(rows.values())]
-    side = config.crop_size
-    maps = encoder.maps(torch.zeros(2, 3, side, side, device=run.device))
+    start = network(run, data, trunk)
+    encoder, side = start.model.eval(), config.crop_size
+    encoder.blocks = encoder.blocks[:max(rows.values())]  # no head sees the others
+    maps = encoder.maps(torch.zeros(2, 3, side, side, device=run.device))  # tells their shapes
     run.seed_global(f"{name}/init")
-    heads = nn.ModuleDict({row: head(maps[block - 1].shape, data.classes, config.width, block)
+    heads = nn.ModuleDict({row: make_head(maps[block - 1].shape, data.classes, config.width, block)
                            for row, block in rows.items()})
     heads = heads.to(run.device, memory_format=torch.channels_last)
-    trained = nn.ModuleDict({"heads": heads, **({"blocks": encoder.blocks} if finetune else {})})
-    crop = partial(pad_crop_and_flip, size=config.crop_size, pad=config.crop_padding)
+    parts = {"heads": heads, "blocks": encoder.blocks} if finetune else {"heads": heads}
+    trained = nn.ModuleDict(parts)
 
     def loss(batch, step):
         images, labels = batch
-        images = run.augment(crop, images, f"{name}/augment", step)
+        images = run.augment(pad_crop_and_flip, images, f"{name}/augment", step,
+                             size=config.crop_size, pad=config.crop_padding)
         scores = head_scores(heads, rows, encoder.maps(normalize(images, config)))
         return {"loss": sum(F.cross_entropy(each, labels) for each in scores.values())}
 
-    with contextlib.nullcontext(encoder.train()) if finetune else evaluate.frozen(encoder):
+    encoder.train(finetune)
+    with contextlib.nullcontext() if finetune else evaluate.frozen(encoder):
         fitted = run.fit(name, trained, loss, run.shuffled(train, config.batch_size, name),
                          steps=trainer.steps_in(config, epochs, data.train),
-                         optimizer=make_optimizer(config, trained.parameters()),
+                         optimizer=make_optimizer(config, trained),
                          rate=trainer.stepped(rate, drops, config.head_factor),
-                         chance=len(rows) * math.log(data.classes))
+                         chance=len(rows) * math.log(data.classes))  # the losses are added
     run.record(rows, partial(head_accuracies, run, encoder.eval(), heads.eval(), rows), data.test,
-               after=[begun, fitted])
+               after=[start, fitted])
 
 
 def central_maps(run, model, images):
@@ -401,7 +403,7 @@ def central_maps(run, model, images):
 
 
 def head_accuracies(run, encoder, heads, rows, test):
-    """{row: percent of the test images whose class its head names}"""
+    """{row: percent of the test images that its head classifies correctly}"""
     with run.autocast():
         return evaluate.accuracies(
             lambda images: head_scores(heads, rows, central_maps(run, encoder, images)), test)
@@ -409,22 +411,20 @@ def head_accuracies(run, encoder, heads, rows, test):
 
 @torch.no_grad()
 def rotation_accuracy(run, model, degrees, test):
-    """Percent of all rotated copies of the test images whose rotation the network names."""
+    """Percent of all rotated copies of the test images whose rotation is predicted correctly."""
     model, side = model.eval(), run.config.crop_size
-    correct = count = 0
+    correct = 0
     for images, _ in evaluate.in_order(test, 250):
         rotated, labels = rotate(transforms.center_crop(images, [side, side]), degrees)
         with run.autocast():
             correct += int((model(normalize(rotated, run.config)).argmax(1) == labels).sum())
-        count += len(labels)
-    return 100.0 * correct / count
+    return 100.0 * correct / (len(degrees) * len(test))
 
 
 def block_probes(run, model, rows, train, test):
-    """{row: accuracy} of rows <network>/block<number>/<linear or knn>, on the frozen network."""
-    kinds = {row: (int(row.split("/")[1][-1]), row.split("/")[2]) for row in rows}
+    """{row: (block, "linear" or "knn")} -> {row: accuracy} of plain probes on a frozen network."""
     with evaluate.frozen(model):
-        return evaluate.probe(partial(central_maps, run, model), kinds, train, test,
+        return evaluate.probe(partial(central_maps, run, model), rows, train, test,
                               run.config.probe_cells, run.seed)
 
 
@@ -432,43 +432,43 @@ def reproduce(run):
     """Every row of one seed; what several rows share is trained once, then read from its file."""
     config, crop = run.config, run.config.crop_size
     data = run.load(config.dataset, config.image_size, config.streamed or None, channels=3)
-    side = next(data.test.batches([torch.arange(1)]))[0].shape[-1]
-    if side < crop:
+    if (side := next(evaluate.in_order(data.test, 1))[0].shape[-1]) < crop:
         raise trainer.InputError(f"images of '{config.dataset}' have {side} pixels, fewer than "
                                  f"crop_size={crop}: lower it with --set crop_size={side}")
-    conv = config.conv_epochs, config.conv_drops, config.head_rate, False
-    nonlinear = config.nonlinear_epochs, config.nonlinear_drops, config.head_rate, False
-    linear = config.linear_epochs, config.linear_drops, config.head_rate, False
-    finetuning = config.finetune_epochs, config.conv_drops, config.finetune_rate, True
-    supervised = config.supervised_epochs, config.supervised_drops, config.head_rate, True
-    # Table 3 and Fig. 5b; the supervised network is an untrained trunk's blocks 1 and 2 and a head
-    probe(run, data, "random/conv", "random", conv_head, conv)
-    probe(run, data, "random-official/conv", "random-official", conv_head, conv)
-    probe(run, data, "rotnet4/conv-finetuned", "rotnet4", conv_head, finetuning)
-    probe(run, data, "rotnet4/nonlinear-finetuned", "rotnet4", nonlinear_head, finetuning)
+    conv = config.conv_epochs, config.conv_drops, config.head_rate
+    nonlinear = config.nonlinear_epochs, config.nonlinear_drops, config.head_rate
+    linear = config.linear_epochs, config.linear_drops, config.head_rate
+    tuning = config.finetune_epochs, config.conv_drops, config.finetune_rate
+    supervised = config.supervised_epochs, config.supervised_drops, config.head_rate
+    # Table 3 and Fig. 5b.  The supervised network is two blocks and a conv head from scratch.
+    fit_heads(run, data, "random/conv", "random", conv_head, conv)
+    fit_heads(run, data, "random-official/conv", "random-official", conv_head, conv)
+    for kind, head in (("conv", conv_head), ("nonlinear", nonlinear_head)):
+        fit_heads(run, data, f"rotnet4/{kind}-finetuned", "rotnet4", head, tuning, finetune=True)
     for labels in ("", "/labels20", "/labels100", "/labels400", "/labels1000"):
-        probe(run, data, f"rotnet4/conv{labels}", "rotnet4", conv_head, conv)
-        probe(run, data, f"supervised{labels}", "scratch", conv_head, supervised)
-    for trunk in ("rotnet4", "random", "rotnet3", "rotnet5"):  # Table 1
-        rows = {f"{trunk}/block{b}/nonlinear": b for b in range(1, TRUNKS[trunk][0] + 1)}
-        probe(run, data, f"{trunk}/nonlinear", trunk, nonlinear_head, nonlinear, rows)
-    for trunk in ("rotations0-180", "rotations90-270", "rotations8"):  # Table 2
-        rows = {f"{trunk}/block2/nonlinear": 2}
-        probe(run, data, f"{trunk}/nonlinear", trunk, nonlinear_head, nonlinear, rows)
+        fit_heads(run, data, f"rotnet4/conv{labels}", "rotnet4", conv_head, conv)
+        fit_heads(run, data, f"supervised{labels}", "scratch", conv_head, supervised, finetune=True)
+    for trunk, first, last in (("rotnet4", 1, 4), ("random", 1, 4), ("rotnet3", 1, 3),
+                               ("rotnet5", 1, 5), ("rotations0-180", 2, 2),
+                               ("rotations90-270", 2, 2), ("rotations8", 2, 2)):  # Tables 1 and 2
+        rows = {f"{trunk}/block{block}/nonlinear": block for block in range(first, last + 1)}
+        fit_heads(run, data, f"{trunk}/nonlinear", trunk, nonlinear_head, nonlinear, rows)
     for trunk in ("alexnet", "alexnet-random"):  # Tables 5 and 4
         rows = {f"{trunk}/conv{block}/linear": block for block in (1, 2, 3, 4, 5)}
-        probe(run, data, f"{trunk}/linear", trunk, alexnet_linear_head, linear, rows)
+        fit_heads(run, data, f"{trunk}/linear", trunk, alexnet_linear_head, linear, rows)
         rows = {f"{trunk}/conv{block}/nonlinear": block for block in (4, 5)}
-        probe(run, data, f"{trunk}/nonlinear", trunk, alexnet_nonlinear_head, nonlinear, rows)
-    for name, (_, degrees) in TRUNKS.items():  # the pretext task itself, and probes of ours
+        fit_heads(run, data, f"{trunk}/nonlinear", trunk, alexnet_nonlinear_head, nonlinear, rows)
+    for name in (*TRUNKS, "random"):  # the pretext task itself, and plain probes
         if run.wants(row := f"{name}/rotation-accuracy"):
-            trained = pretrain(run, data, config, name)
+            trained, (_, degrees) = network(run, data, name), TRUNKS[name]
             run.record(row, partial(rotation_accuracy, run, trained.model, degrees), data.test,
                        after=[trained])
             if name == "rotnet4" and run.seed == run.rank == 0 and run.value(row):
                 figures(run, trained.model, data.test)
-        if rows := run.wants(f"{name}/block*/linear", f"{name}/block*/knn"):
-            trained = pretrain(run, data, config, name)
+        rows = {f"{name}/block{block}/{kind}": (block, kind)
+                for block in (1, 2, 3, 4) for kind in ("linear", "knn")}
+        if rows := {row: rows[row] for row in run.wants(*rows)}:
+            trained = network(run, data, name)
             run.record(rows, partial(block_probes, run, trained.model, rows), data.train, data.test,
                        after=[trained])
 
@@ -480,8 +480,8 @@ def figures(run, model, test):
     path = run.suite / run.paper
     filters = F.interpolate(model.blocks[0][0][0].weight.detach().contiguous(), scale_factor=8)
     save_image(filters, f"{path}_filters.png", nrow=16, normalize=True, scale_each=True)
-    images, _ = next(test.batches([torch.arange(min(12, len(test)))]))
-    images = transforms.center_crop(images, [run.config.crop_size] * 2)
+    (images, _), size = next(evaluate.in_order(test, 12)), [run.config.crop_size] * 2
+    images = transforms.center_crop(images, size)
     columns = [images.float() / 255]
     with torch.no_grad():
         for maps in model.eval().maps(normalize(images, run.config)):

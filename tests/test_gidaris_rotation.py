@@ -104,7 +104,7 @@ def test_classes_are_balanced_so_a_constant_answer_is_chance(degrees):
     ways = len(degrees)
     assert len(turned) == len(labels) == 8 * ways
     assert labels.bincount().tolist() == [8] * ways
-    result = rotation.rotation_loss(torch.zeros(8 * ways, ways), labels)
+    result = rotation.pretext_loss(torch.zeros(8 * ways, ways), labels)
     assert float(result["loss"]) == pytest.approx(math.log(ways), abs=1e-6)
     assert float(result["accuracy"]) == pytest.approx(1 / ways)
 
@@ -182,10 +182,10 @@ def test_loss_of_an_untrained_network():
     torch.manual_seed(0)
     model = rotation.NetworkInNetwork(4, width=0.25)
     turned, labels = rotation.rotate_four_ways(some_images(32))
-    loss = float(rotation.rotation_loss(model(normalize(turned)), labels)["loss"].detach())
+    loss = float(rotation.pretext_loss(model(normalize(turned)), labels)["loss"].detach())
     assert 1.30 < loss < 1.6
     nn.init.zeros_(model.classifier[1].weight)
-    loss = float(rotation.rotation_loss(model(normalize(turned)), labels)["loss"].detach())
+    loss = float(rotation.pretext_loss(model(normalize(turned)), labels)["loss"].detach())
     assert loss == pytest.approx(math.log(4), abs=1e-6)
 
 
@@ -235,7 +235,7 @@ def train_rotation(images, steps, batch=48, seed=0, rotate=rotation.rotate_four_
         batch_images = images[torch.randint(len(images), (batch,), generator=generator)]
         batch_images = rotation.pad_crop_and_flip(batch_images, generator)
         turned, labels = rotate(batch_images)
-        result = rotation.rotation_loss(model(normalize(turned)), labels)
+        result = rotation.pretext_loss(model(normalize(turned)), labels)
         optimizer.zero_grad()
         result["loss"].backward()
         optimizer.step()
@@ -298,9 +298,9 @@ def test_the_controls_differ_as_deviation_10_says(make_run):
     """random: statistics of its images, whatever it is asked for first; random-official: 0 and 1, torch's own weights; scratch: as
     RotNet before training."""
     run, data = make_run("precision=float32", "width=0.1"), some_data(200)
-    random, official, scratch = (rotation.pretrain(run, data, run.config, name).model
+    random, official, scratch = (rotation.network(run, data, name).model
                                  for name in ("random", "random-official", "scratch"))
-    again = rotation.pretrain(run, data, run.config, "random").model
+    again = rotation.network(run, data, "random").model
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in random.state_dict().items())
     for ours, theirs, plain in zip(random.modules(), official.modules(), scratch.modules()):
         if isinstance(ours, nn.BatchNorm2d):
@@ -340,11 +340,11 @@ def test_a_probe_leaves_the_trunk_bit_identical_and_fine_tuning_does_not(make_ru
     trunk = rotation.NetworkInNetwork(4, 4, 0.1).train()
     monkeypatch.setattr(rotation, "pretrain", lambda *arguments: trainer.Trained(trunk))
     before = {name: tensor.clone() for name, tensor in trunk.state_dict().items()}
-    rotation.probe(run, data, "frozen", "rotnet4", rotation.conv_head, (1.0, (0.5,), 0.1, False))
+    rotation.fit_heads(run, data, "frozen", "rotnet4", rotation.conv_head, (1.0, (0.5,), 0.1))
     assert all(torch.equal(tensor, before[name]) for name, tensor in trunk.state_dict().items())
     assert not any(name.startswith("blocks") for name in weights_of(run.folder)["frozen"])  # not in the optimiser's reach
     trunk.requires_grad_(True)
-    rotation.probe(run, data, "tuned", "rotnet4", rotation.conv_head, (1.0, (0.5,), 0.1, True))
+    rotation.fit_heads(run, data, "tuned", "rotnet4", rotation.conv_head, (1.0, (0.5,), 0.1), finetune=True)
     tuned = weights_of(run.folder)["tuned"]
     for name in ("blocks.0.0.0.weight", "blocks.0.0.1.running_mean"):
         assert not torch.equal(tuned[name], before[name])
@@ -357,8 +357,8 @@ def test_the_guard_notices_a_trunk_that_moves(make_run, monkeypatch):
 
     monkeypatch.setattr(rotation, "pretrain", lambda *arguments: trainer.Trained(Restless(2, 4, 0.05)))
     with pytest.raises(AssertionError, match="has moved"):
-        rotation.probe(make_run("batch_size=8"), some_data(16), "rotnet4/conv", "rotnet4", rotation.conv_head,
-                       (1.0, (0.5,), 0.1, False))
+        rotation.fit_heads(make_run("batch_size=8"), some_data(16), "rotnet4/conv", "rotnet4", rotation.conv_head,
+                       (1.0, (0.5,), 0.1))
 
 
 def test_images_smaller_than_the_crop_are_refused(make_run, monkeypatch):
@@ -368,7 +368,7 @@ def test_images_smaller_than_the_crop_are_refused(make_run, monkeypatch):
 
 
 @pytest.mark.parametrize("override,message", [
-    ("crop_size=15", "needs 16 pixels"), ("width=0", "width must be above 0"), ("mean=[1, 2]", "one value a channel"),
+    ("crop_size=15", "needs 16 pixels"), ("width=0", "width and probe_cells must be above 0"), ("mean=[1, 2]", "one value a channel"),
     ("precision=half", "bfloat16, float32")])
 def test_settings_that_no_run_can_have_are_named(override, message):
     with pytest.raises(InputError, match=message):
