@@ -3,42 +3,36 @@ Carl Doersch, Abhinav Gupta, Alexei A. Efros.  ICCV 2015, arXiv 1505.05192.
 Official code: https://github.com/cdoersch/deepcontext/blob/5307282/train.py (L92: its line 92)
 
 Claim: a network that learns to place one patch of a photograph beside another learns objects.
-
 Method: nine patches are cut from an image on a 3 x 3 grid.  The network sees the centre and a
-neighbour and tells which of eight positions the second takes around the first (chance: ln 8).  Each
-patch goes through the same encoder alone; they meet late, by concatenation.  Short cuts (lines that
-run on, a lens's colour fringes, brightness) are closed: patches have gaps and jitter, colours are
-projected or dropped, contrast is normalised, some are pixelated.  The audit undoes one at a time.
+neighbour and predicts which of eight positions the second has around the first (chance: ln 8).  One
+encoder turns each patch alone into a vector; only the vectors meet.  Against short cuts (lines that
+run on, a lens's colour fringes, brightness) patches have gaps and jitter, lose their colours and
+contrast, and some their resolution; an audit undoes one of these measures at a time.
 
 Deviations from the paper
  1. Pairs always hold the centre, in both orders: the eight answers are equally frequent.  Official
     code: all adjacent patches (L225), where a constant answer is right in 15 %.
  2. Small and full: images of 96 or 128 pixels, patches of 22 or 30, a network of that size.  The
-    grid all but fills such images, so one patch's own place gives much away: audit/one-patch.
+    grid nearly fills such images, so a single patch tells much about its place (audit/one-patch).
     Scale paper: the paper's patches and AlexNet, squares of 448 pixels (paper: random sizes).
  3. Batch-norm in every layer at small and full; paper: from the third convolution on.
- 4. SGD with Nesterov momentum, warm-up and cosine on the mean loss; paper: four weeks at a fixed
-    rate.  Scale paper: the official rate (0.025 for a mean over some 2,500 pairs; momentum 0 there,
-    such as 0.999 in the paper), its 1.7 million updates, no weight decay, 56 images (896 pairs).
+ 4. SGD with Nesterov momentum, warm-up, cosine; paper: momentum 0.999, four weeks at a fixed rate.
+    Scale paper: 1.7 million updates at 0.025, as the official code's rate is for a mean loss.
  5. Small and full project colours, chosen on a slice of train (28 % correct after 3 epochs, with
     dropping 25 %).  Scale paper drops them, with the paper's noise, patch by patch (L99).
- 6. The paper fine-tunes for detection on VOC.  Ours: plain probes on maps of whole images, few
-    labels, fine-tuning, retrieval by conv5 less its mean (paper: fc6).  All networks, the random
-    one too, get batch-norm statistics of 500 train images.  No colours are dropped in evaluation.
+ 6. Paper: fine-tuning for VOC, retrieval by fc6.  Ours: plain probes, few labels, fine-tuning and
+    retrieval by conv5, with batch-norm statistics of 500 images; colours are never dropped there.
  7. Multiplications in bfloat16 (--set precision=float32 for the original's), the rest in float32.
- 8. audit/no-gap, no-jitter: ours.  For no-gap the picture is made smaller until touching patches
-    reach as far across it as patches with gaps do; each then shows 1.8 times as much.
+ 8. audit/no-gap: in a smaller picture touching patches reach as far, and show 1.8 times as much.
  9. Left out: VOC detection, surface normals (NYUv2), visual data mining.
 10. Scale small: a narrower network, less training; claims are comparable, values are not.
-
 python -m papers.doersch_context --scale small   # Imagenette, two CPU cores: 30 minutes, two seeds
 Result, small: context/conv4/linear 66.9 +- 0.6 against random/conv4/linear 59.6 (n = 3);
         paper, full training: 31.7
 """
-import copy
-import dataclasses
-import functools
 import math
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Literal
 
 import torch
@@ -50,7 +44,7 @@ from replicate import evaluate, trainer
 from replicate.launch import launch
 
 
-@dataclasses.dataclass
+@dataclass
 class Config:
     """Settings of a run.  Lengths are in pixels of an image of image_size."""
     seed: int
@@ -65,9 +59,9 @@ class Config:
     colors: Literal["dropping", "projection", "all"] = "projection"  # Sec. 3; "all": audit
     pixelation: float = 1 / 3           # official code, L92: share of patches that are pixelated
     normalization: bool = True          # official code, L110: contrast of each patch
-    fringe: float = 0.0                 # audit: how much the green channel is magnified
+    fringe: float = 0.0                 # audit: the green channel is magnified by so much more
     touching: bool = False              # audit: no gaps, and the grid reaches as far
-    one_patch: bool = False             # audit: the first patch of each pair is hidden
+    one_patch: bool = False             # audit: the centre is hidden
     batch_size: int = 256               # ours: images, each in 16 pairs
     pretext_epochs: float = 200.0       # ours
     audit_epochs: float = 40.0          # ours
@@ -99,7 +93,7 @@ class Config:
 # ---- The idea: where does this patch lie? ----
 
 def neighbor_position(row, column):
-    """0 to 7, row by row without the centre, of a place in the 3 x 3 grid; else a ValueError."""
+    """Number of a place in the 3 x 3 grid: 0 to 7, row by row without the centre; or ValueError."""
     place = 3 * row + column
     if not (0 <= row <= 2 and 0 <= column <= 2) or place == 4:
         raise ValueError(f"row {row}, column {column} of 3 x 3 is no neighbour of the centre")
@@ -112,25 +106,29 @@ def cut_patches(images, patch, gap, jitter, generator):
     Neighbours lie patch + gap apart; each patch moves by -jitter to jitter on both axes (Sec. 3).
     corners: row and column of a patch's first pixel.  ValueError where the grid does not fit.
     """
-    (count, _, *sides), device = images.shape, images.device
+    count, device = len(images), images.device
     span = 3 * patch + 2 * gap + 2 * jitter
-    if min(sides) < span:
-        raise ValueError(f"images of {sides[0]} x {sides[1]} pixels: the grid needs {span}")
-    room = torch.tensor(sides, device=device) - span + 1
+    if min(images.shape[-2:]) < span:
+        raise ValueError(f"images of shape {tuple(images.shape)}: the grid needs {span} pixels")
+    room = torch.tensor(images.shape[-2:], device=device) - span + 1
     origin = (torch.rand(count, 1, 2, generator=generator, device=device) * room).long()
     moved = torch.randint(2 * jitter + 1, (count, 9, 2), generator=generator, device=device)
     place = torch.arange(9, device=device)
     grid = torch.stack([place // 3, place % 3], 1)  # (9, 2)
     corners = origin + (patch + gap) * grid + moved  # (N, 9, 2)
-    rows, columns = (corners[..., None] + torch.arange(patch, device=device)).unbind(2)  # (N, 9, p)
-    samples = torch.arange(count, device=device)[:, None, None, None]
-    patches = images[samples, :, rows[..., :, None], columns[..., None, :]]  # (N, 9, p, p, C)
-    return patches.permute(0, 1, 4, 2, 3), corners
+    return cut_squares(images, corners, patch), corners
+
+
+def cut_squares(images, corners, side):
+    """(N,C,H,W), row and column (N,K,2) of the first pixels -> squares (N,K,C,side,side)."""
+    samples = torch.arange(len(images), device=images.device)[:, None, None, None]
+    rows, columns = (corners[..., None] + torch.arange(side, device=images.device)).unbind(2)
+    return images[samples, :, rows[..., :, None], columns[..., None, :]].permute(0, 1, 4, 2, 3)
 
 
 def drop_colors(patches, generator):
-    """(...,3,p,p) float -> the same with one random channel of each patch kept, less its mean; the
-    others become Gaussian noise of a hundredth of its standard deviation (Sec. 3)."""
+    """(...,3,p,p) float -> the same; each patch keeps one random channel, minus its mean, and gets
+    Gaussian noise of a hundredth of its standard deviation for the other two (Sec. 3)."""
     device, shape = patches.device, patches.shape
     kept = torch.randint(3, (*shape[:-3], 1, 1, 1), generator=generator, device=device)
     channel = patches.take_along_dim(kept, -3)  # (..., 1, p, p)
@@ -141,39 +139,39 @@ def drop_colors(patches, generator):
 
 
 def project_green_magenta(images):
-    """(...,3,H,W) float -> each pixel times I - a'a / (a a'), a = (-1, 2, -1) (Sec. 3)."""
+    """(...,3,H,W) float -> each pixel times I - a'a / (a a') for a = (-1, 2, -1) (Sec. 3)."""
     axis = torch.tensor([-1.0, 2.0, -1.0], device=images.device).view(3, 1, 1)
-    return images - axis * (axis * images).sum(-3, keepdim=True) / 6
+    return images - axis * (axis * images).sum(-3, keepdim=True) / 6  # a a' is 6
 
 
-@functools.lru_cache(maxsize=4)
+@lru_cache(maxsize=4)
 def pixelation_matrices(size, device="cpu"):
     """(size + 1, size, size): matrix s averages a line down to s pixels and interpolates back."""
-    identity = torch.eye(size)  # stands in for sides of 0 and 1, which no patch gets
-    small = [F.adaptive_avg_pool1d(identity[None], side) for side in range(2, size + 1)]
+    identity = torch.eye(size)
+    small = [F.adaptive_avg_pool1d(identity[None], side) for side in range(1, size + 1)]
     back = [F.interpolate(lines, size, mode="linear")[0].T for lines in small]
-    return torch.stack([identity, identity, *back]).to(device)
+    return torch.stack([identity, *back]).to(device)  # number 0 is not in use
 
 
 def pixelate(patches, share, generator):
     """(N,9,3,p,p) float -> a share of them at a lower resolution, down to a tenth (L92)."""
     size, device = patches.shape[-1], patches.device
     least = max(2, round(size * 10 / 96))
-    drawn = torch.rand(2, *patches.shape[:2], generator=generator, device=device)
-    sides = (least ** 2 + drawn[0] * ((size - 1) ** 2 - least ** 2)).sqrt().round().long()
-    sides = torch.where(drawn[1] < share, sides, size)  # the last matrix changes nothing
+    area, lot = torch.rand(2, *patches.shape[:2], generator=generator, device=device)
+    sides = (least ** 2 + area * ((size - 1) ** 2 - least ** 2)).sqrt().round().long()
+    sides = torch.where(lot < share, sides, size)  # the last matrix changes nothing
     matrices = pixelation_matrices(size, device)[sides][:, :, None]  # (N, 9, 1, p, p)
     return matrices @ patches @ matrices.mT
 
 
 def normalize_contrast(patches):
-    """(...,C,p,p) -> mean 0, root mean square 1 of each patch (L110); one of a single level: 0."""
+    """(...,C,p,p) -> the same, each patch with mean 0 and root mean square 1 (L110)."""
     centred = patches - patches.mean((-3, -2, -1), keepdim=True)
     return centred / centred.square().mean((-3, -2, -1), keepdim=True).sqrt().clamp_min(0.01)
 
 
 def sample_patches(images, generator, config):
-    """(N,3,S,S) uint8 -> patches (N,9,3,p,p) as the network sees them, with short cuts closed."""
+    """(N,3,S,S) uint8 -> patches (N,9,3,p,p) as the network sees them, short cuts closed."""
     images, gap = images.float() / 255, config.gap
     if config.fringe:
         images = evaluate.add_fringes(images, config.fringe)
@@ -193,30 +191,21 @@ def sample_patches(images, generator, config):
     return (patches - mean) / 0.25
 
 
-def pair_with_centre(embeddings, both_orders=True):
-    """(N,9,D) -> first (16N,D), second (16N,D), positions (16N,) of the second around the first:
-    all neighbours after the centre, then the centre, at 7 - position, after all neighbours."""
+def pair_with_centre(embeddings, one_patch=False):
+    """(N,9,D) -> first (16N,D), second (16N,D), positions (16N,) of the second around the first.
+    All pairs of the centre and a neighbour, then swapped; one_patch: neighbours, no centre."""
     places = [place for place in range(9) if place != 4]
     around = embeddings[:, places].flatten(0, 1)  # (8N, D)
     centre = embeddings[:, 4].repeat_interleave(8, 0)
     positions = [neighbor_position(place // 3, place % 3) for place in places]
     positions = torch.tensor(positions, device=around.device).repeat(len(embeddings))
-    if not both_orders:
-        return centre, around, positions
+    if one_patch:
+        return torch.zeros_like(centre), around, positions
     first, second = torch.cat([centre, around]), torch.cat([around, centre])
     return first, second, torch.cat([positions, 7 - positions])
 
 
 # ---- Network ----
-
-class LocalResponseNorm(nn.Module):
-    """AlexNet's, over five channels; torch's own has no deterministic backward pass on a GPU."""
-
-    def forward(self, x):
-        squares = F.pad(x.float().square(), (0, 0, 0, 0, 2, 2))
-        near = sum(squares[:, shift:shift + x.shape[1]] for shift in range(5))
-        return x / (1 + 1e-4 / 5 * near).pow(0.75).to(x.dtype)
-
 
 def conv_relu(inputs, outputs, kernel, stride=1, norm=True):
     """The layers of a convolution, batch-norm without scale and shift, and ReLU."""
@@ -225,7 +214,7 @@ def conv_relu(inputs, outputs, kernel, stride=1, norm=True):
 
 
 class PatchEncoder(nn.Module):
-    """conv1 to conv5 and fc6 for one patch alone, (N,3,p,p) -> (N,D), or `maps` of whole images."""
+    """conv1 to conv5 and fc6: patches (N,3,p,p) -> (N,D); or `maps` of images of any size."""
 
     def __init__(self, network="small", width=1.0, patch=96):
         super().__init__()
@@ -236,18 +225,15 @@ class PatchEncoder(nn.Module):
         if small:
             blocks = [[*conv_relu(3, c1, 5, stride=2), pool],
                       [*conv_relu(c1, c2, 3), pool],
-                      conv_relu(c2, c3, 3),
-                      conv_relu(c3, c4, 3),
-                      conv_relu(c4, c5, 3)]
+                      conv_relu(c2, c3, 3), conv_relu(c3, c4, 3), conv_relu(c4, c5, 3)]
         else:  # official code, L54
             blocks = [[*conv_relu(3, c1, 11, stride=4, norm=False), pool, LocalResponseNorm()],
                       [*conv_relu(c1, c2, 5, norm=False), pool, LocalResponseNorm()],
-                      conv_relu(c2, c3, 3),
-                      conv_relu(c3, c4, 3),
+                      conv_relu(c2, c3, 3), conv_relu(c3, c4, 3),
                       [*conv_relu(c4, c5, 3), pool]]
         self.blocks = nn.ModuleList(nn.Sequential(*layers) for layers in blocks)
         self.channels, self.dimension = c5, units
-        flat = self.eval().maps(torch.zeros(1, 3, patch, patch))[-1].numel()
+        flat = self.eval().maps(torch.zeros(1, 3, patch, patch))[-1].numel()  # inputs of fc6
         self.fc6 = nn.Sequential(nn.Flatten(), nn.Linear(flat, units, bias=False),
                                  nn.BatchNorm1d(units, affine=False), nn.ReLU())
         self.apply(initialize).train()
@@ -266,9 +252,9 @@ class PatchEncoder(nn.Module):
 class RelativePositionNet(nn.Module):
     """Two embeddings (N,D) -> scores (N,8) of the second's position around the first (Fig. 3)."""
 
-    def __init__(self, network="small", width=1.0, patch=96, one_patch=False):
+    def __init__(self, network="small", width=1.0, patch=96):
         super().__init__()
-        self.encoder, self.one_patch = PatchEncoder(network, width, patch), one_patch
+        self.encoder = PatchEncoder(network, width, patch)
         units = self.encoder.dimension
         self.head = nn.Sequential(
             nn.Linear(2 * units, units, bias=False), nn.BatchNorm1d(units, affine=False), nn.ReLU(),
@@ -281,7 +267,6 @@ class RelativePositionNet(nn.Module):
         return self.encoder(flat).to(patches.dtype).unflatten(0, patches.shape[:2])
 
     def forward(self, first, second):
-        first = torch.zeros_like(first) if self.one_patch else first
         return self.head(torch.cat([first, second], 1))
 
 
@@ -293,69 +278,73 @@ def initialize(layer):
             nn.init.zeros_(layer.bias)
 
 
-# ---- Pre-training ----
+# ---- Objective ----
 
-def make_optimizer(config, parameters):
+def pretext_loss(scores, labels):
+    """Scores (N,K), labels (N,) -> mean cross-entropy and the share of correct answers."""
+    return {"loss": F.cross_entropy(scores.float(), labels),
+            "accuracy": (scores.argmax(1) == labels).float().mean()}
+
+
+def make_optimizer(config, model):
     """SGD with Nesterov momentum; run.fit sets the learning rate at every step."""
-    return torch.optim.SGD(parameters, momentum=config.momentum,
+    return torch.optim.SGD(model.parameters(), momentum=config.momentum,
                            weight_decay=config.weight_decay, nesterov=config.momentum > 0)
 
 
+# ---- Pre-training ----
+
 def pretrain(run, data, config, name):
     """-> Trained RelativePositionNet.  config: the run's, or that of a variant of the audit."""
-    model = run.build(RelativePositionNet, config.network, config.width, config.patch,
-                      config.one_patch)
+    model = run.build(RelativePositionNet, config.network, config.width, config.patch)
 
     def loss(batch, step):
         images, _ = batch  # the class labels stay unused
         patches = run.augment(sample_patches, images, "augment", step, config=config)
-        first, second, positions = pair_with_centre(model.embed(patches), not config.one_patch)
-        scores = model(first, second).float()
-        return {"loss": F.cross_entropy(scores, positions),
-                "accuracy": (scores.argmax(1) == positions).float().mean()}
+        first, second, positions = pair_with_centre(model.embed(patches), config.one_patch)
+        return pretext_loss(model(first, second), positions)
 
     return run.fit(name, model, loss, run.shuffled(data.unlabeled, config.batch_size, "pretext"),
                    steps=trainer.steps_in(config, config.pretext_epochs, data.unlabeled),
-                   optimizer=make_optimizer(config, model.parameters()), chance=math.log(8),
+                   optimizer=make_optimizer(config, model), chance=math.log(8),
                    rate=trainer.cosine(config.pretext_rate, config.warmup))
 
 
 # ---- Evaluation ----
 
-VARIANTS = {  # of the audit: name -> settings that differ
+NETWORKS = ("context", "random", "supervised")
+VARIANTS = {  # of the audit: name -> settings that differ from the run's
     "audit/as-is": {}, "audit/dropping": {"colors": "dropping"}, "audit/no-jitter": {"jitter": 0},
     "audit/no-gap": {"touching": True, "jitter": 0}, "audit/no-pixelation": {"pixelation": 0.0},
     "audit/no-normalization": {"normalization": False}, "audit/one-patch": {"one_patch": True},
     "audit/no-color-handling": {"colors": "all"},
     "audit/aberration": {"colors": "all", "fringe": 0.02},
     "audit/aberration-dropping": {"colors": "dropping", "fringe": 0.02},
-    "audit/aberration-projection": {"colors": "projection", "fringe": 0.02},
-}
-SHOWN = ("context", "random", "supervised")
+    "audit/aberration-projection": {"colors": "projection", "fringe": 0.02}}
 
 
 def variant_config(config, name):
-    """The settings of a network: the run's; of a variant: those that differ, the audit's budget."""
+    """The settings of a network: the run's, or a variant's, which is trained for audit_epochs."""
     audit = {"pretext_epochs": config.audit_epochs, **VARIANTS[name]} if name in VARIANTS else {}
-    return dataclasses.replace(config, **audit)
+    return replace(config, **audit)
 
 
 @torch.no_grad()
 def position_accuracy(run, model, config, test):
-    """Percent of the pairs of test images whose position is correct; the patches are drawn once."""
+    """Percent of the pairs of test images whose position is predicted correctly."""
     model.eval()
     correct = count = 0
     for number, (images, _) in enumerate(evaluate.in_order(test, 250)):
         patches = sample_patches(images, run.stream("test patches", number, run.device), config)
         with run.autocast():
-            first, second, positions = pair_with_centre(model.embed(patches), not config.one_patch)
+            first, second, positions = pair_with_centre(model.embed(patches), config.one_patch)
             correct += int((model(first, second).argmax(1) == positions).sum())
         count += len(positions)
     return 100.0 * correct / count
 
 
 def normalize(images, config):
-    """(N,3,H,W) uint8, or float in 0..1 -> what encoders see: colours projected or all there."""
+    """(N,3,H,W) uint8, or float in 0..1 -> as in pre-training, but colours are never dropped."""
     images = images if images.is_floating_point() else images.float() / 255
     if config.colors == "projection":
         images = project_green_magenta(images)
@@ -370,34 +359,34 @@ def feature_maps(run, encoder, config, images):
 
 
 def plain_probes(run, encoder, config, rows, train, test):
-    """{row: accuracy} of rows <network>/conv<block>/<linear, knn or labels<number>>."""
+    """{row: accuracy} of rows <network>/conv<block>/<linear, knn or labels<number a class>>."""
     kinds = {}
     for row in rows:
         *_, layer, kind = row.split("/")
         kinds[row] = int(layer[-1]), evaluate.labels_of(row) or kind
-    maps = functools.partial(feature_maps, run, encoder, config)
+    maps = partial(feature_maps, run, encoder, config)
     evaluate.recalibrate(encoder, maps, train)  # batch-norm statistics of whole images
     with evaluate.frozen(encoder):
         return evaluate.probe(maps, kinds, train, test, config.probe_cells, run.seed)
 
 
-def classify(run, data, row, encoder, rate):
-    """-> Trained classifier: convolutions and a linear layer, on the labels that the row names."""
+def train_classifier(run, data, row, encoder, rate):
+    """-> Trained: the encoder's convolutions and a linear layer, on the labels a row may use."""
     config, labels = run.config, evaluate.labels_of(row)
     model = evaluate.Classifier(encoder, data.classes).to(run.device)
     epochs = config.label_epochs if labels else config.supervised_epochs
     batch_size = min(config.batch_size, 64)
     return evaluate.train_on_labels(
-        run, data, row, model, functools.partial(normalize, config=config), labels,
-        batch_size=batch_size, steps=trainer.steps_in(config, epochs, data.train, batch_size),
-        optimizer=make_optimizer(config, model.parameters()),
-        rate=trainer.cosine(rate, config.warmup), chance=math.log(data.classes))
+        run, data, row, model, partial(normalize, config=config), labels, batch_size=batch_size,
+        steps=trainer.steps_in(config, epochs, data.train, batch_size),
+        optimizer=make_optimizer(config, model), rate=trainer.cosine(rate, config.warmup),
+        chance=math.log(data.classes))
 
 
 def random_patches(run, images, number):
-    """(n,3,S,S) uint8 -> (n,3,p,p) in 0..1: a random patch of each image, drawn once a number."""
+    """(n,3,S,S) uint8 -> (n,3,p,p) in 0..1: a patch of each image, always the same for a number."""
     generator = run.stream("retrieval", number, run.device)
-    return cut_patches(images.float() / 255, run.config.patch, 0, 0, generator)[0][:, 4]
+    return cut_patches(images.float() / 255, run.config.patch, 0, 0, generator)[0][:, 4]  # centre
 
 
 def query_patches(run, test, count=2000):
@@ -409,75 +398,75 @@ def query_patches(run, test, count=2000):
 
 @torch.no_grad()
 def unit_features(run, encoder, patches, train):
-    """(n,3,p,p) in 0..1 -> (n,D): conv5 less its mean over the patches, of length 1."""
-    config, encoder = dataclasses.replace(run.config, normalization=True), copy.deepcopy(encoder)
-    maps = functools.partial(feature_maps, run, encoder, config)
+    """(n,3,p,p) in 0..1 -> (n,D): conv5 minus its mean over the patches, scaled to length 1."""
+    maps = partial(feature_maps, run, encoder, replace(run.config, normalization=True))
     evaluate.recalibrate(encoder, lambda images: maps(random_patches(run, images, 1)), train)
     features = torch.cat([maps(part)[-1].flatten(1).float() for part in patches.split(250)])
     return F.normalize(features - features.mean(0), dim=1)
 
 
 def retrieval(run, encoder, train, test):
-    """Percent of the ten nearest patches of other test images whose image has the same class."""
+    """Percent of a patch's ten nearest patches of other test images that are of its class."""
     patches, labels = query_patches(run, test)
     features = unit_features(run, encoder, patches, train)
-    similarity = (features @ features.T).fill_diagonal_(-2)
+    similarity = (features @ features.T).fill_diagonal_(-2)  # below any: none is its own neighbour
     nearest = similarity.topk(min(10, len(labels) - 1), dim=1).indices
     return 100 * float((labels[nearest] == labels[:, None]).float().mean())
 
 
 def network(run, data, name):
-    """-> Trained with an .encoder: "context", "random", "supervised" or one of the VARIANTS."""
+    """-> Trained, whose model has an encoder: one of NETWORKS or of the audit's VARIANTS."""
     config = run.config
     if name not in ("random", "supervised"):
         return pretrain(run, data, variant_config(config, name), name)
     model = run.build(RelativePositionNet, config.network, config.width, config.patch)
     if name == "random":
         return trainer.Trained(model)
-    return classify(run, data, name, model.encoder, config.supervised_rate)
+    return train_classifier(run, data, name, model.encoder, config.supervised_rate)
 
 
 def reproduce(run):
-    """Everything of one seed.  What was trained before is read from its checkpoint."""
+    """Every row of one seed; what several rows share is trained once, then read from its file."""
     config = run.config
     data = run.load(config.dataset, config.image_size, config.streamed or None, channels=3)
-    if hasattr(data.train, "images"):  # a set with a size of its own must have room for the grid
-        dataclasses.replace(config, image_size=data.train.images.shape[-1])
-    for name in (*SHOWN, *VARIANTS):
+    if hasattr(data.train, "images"):  # some sets have a size of their own: Config checks it again
+        replace(config, image_size=data.train.images.shape[-1])
+    for name in (*NETWORKS, *VARIANTS):
         settings = variant_config(config, name)
         if run.wants(f"{name}/position-accuracy"):
             trained = network(run, data, name)
-            measure = functools.partial(position_accuracy, run, trained.model, settings)
+            measure = partial(position_accuracy, run, trained.model, settings)
             run.record(f"{name}/position-accuracy", measure, data.test, after=[trained])
         if rows := run.wants(f"{name}/conv*"):
             trained = network(run, data, name)
-            measure = functools.partial(plain_probes, run, trained.model.encoder, settings, rows)
+            measure = partial(plain_probes, run, trained.model.encoder, settings, rows)
             run.record(rows, measure, data.train, data.test, after=[trained])
         if run.wants(f"{name}/retrieval"):
             trained = network(run, data, name)
-            measure = functools.partial(retrieval, run, trained.model.encoder, data.train)
+            measure = partial(retrieval, run, trained.model.encoder, data.train)
             run.record(f"{name}/retrieval", measure, data.test, after=[trained])
-            if run.seed == 0 and all(run.value(f"{shown}/retrieval") for shown in SHOWN):
+            if run.seed == 0 and all(run.value(f"{each}/retrieval") for each in NETWORKS):
                 figures(run, data)
     for row in run.wants("supervised", "supervised/labels*", "context/finetuned*"):
         if not evaluate.enough_labels(data.train.labels, row):
-            run.record(row, None)
+            run.record(row, None)  # leaves the row out
             continue
         finetuned = row.startswith("context")
-        begun = network(run, data, "context" if finetuned else "random")
+        start = network(run, data, "context" if finetuned else "random")
         rate = config.finetune_rate if finetuned else config.supervised_rate
-        trained = classify(run, data, row, begun.model.encoder, rate)
-        see = functools.partial(normalize, config=config)
-        measure = functools.partial(evaluate.class_accuracy, run, trained.model, see)
-        run.record(row, measure, data.test, after=[begun, trained])
+        final = train_classifier(run, data, row, start.model.encoder, rate)
+        see = partial(normalize, config=config)
+        measure = partial(evaluate.class_accuracy, run, final.model, see)
+        run.record(row, measure, data.test, after=[start, final])
 
+
+# ---- Figures ----
 
 def figures(run, data):
-    """First-layer filters; six test patches, nearest others by context, random, supervised."""
-    encoders = [network(run, data, name).model.encoder for name in SHOWN]
+    """First-layer filters; six test patches and the nearest others by each of the NETWORKS."""
+    encoders = [network(run, data, name).model.encoder for name in NETWORKS]
     patches, _ = query_patches(run, data.test)
-    queries = torch.linspace(0, len(patches) - 1, 6).long()
-    panels = []
+    queries, panels = torch.linspace(0, len(patches) - 1, 6).long(), []
     for encoder in encoders:
         features = unit_features(run, encoder, patches, data.train)
         similarity = features[queries.to(features.device)] @ features.T
@@ -490,6 +479,17 @@ def figures(run, data):
         save_image(F.interpolate(grid, scale_factor=2), run.suite / f"{run.paper}_neighbours.png")
         save_image(F.interpolate(filters, scale_factor=6), run.suite / f"{run.paper}_filters.png",
                    nrow=16, normalize=True, scale_each=True)
+
+
+# ---- Parts that the method calls ----
+
+class LocalResponseNorm(nn.Module):
+    """AlexNet's, over five channels; torch's own has no deterministic backward pass on a GPU."""
+
+    def forward(self, x):
+        squares = F.pad(x.float().square(), (0, 0, 0, 0, 2, 2))
+        near = sum(squares[:, shift:shift + x.shape[1]] for shift in range(5))
+        return x / (1 + 1e-4 / 5 * near).pow(0.75).to(x.dtype)
 
 
 def main(arguments=None):

@@ -20,7 +20,6 @@ Deviations (official code: github.com/gidariss/FeatureLearningRotNet, commit 853
  8. Left out: Places (Table 6), PASCAL VOC (Table 7), accuracy over pretext epochs (Fig. 5a).
  9. Scale small: narrower, less training (fine-tuning least); values are not comparable, claims are.
 10. Our control, random, has batch-norm statistics of 500 images; random-official is as released.
-
 python -m papers.gidaris_rotation --scale small   # CIFAR-10, two CPU cores: 30 minutes, two seeds
 Result, small: rotnet4/conv 50.6 +- 0.9 against supervised 57.9 (n = 3); paper, full training: 91.16
 """

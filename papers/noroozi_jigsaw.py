@@ -4,38 +4,35 @@ Official code: https://github.com/MehdiNoroozi/JigsawPuzzleSolver/tree/8c7ec09
 (N18: line 18 of its train_val_cfn_jps.prototxt; S11: line 11 of its solver_cfn_jps.prototxt)
 
 Claim: to order the shuffled tiles of a photograph, a network has to learn how objects are built.
-
-Method: nine tiles are cut from the cells of a 3 x 3 grid and shuffled by one of P permutations; the
-network predicts which (chance: ln P).  It is context-free: each tile goes through the same layers
-alone, and the tiles meet only after fc6.  Networks prefer short cuts: lines that go on, brightness,
-a lens's colour fringes.  So there are gaps, tiles are normalized, and puzzles are grey or have
-their colour channels shifted against each other.  The audit undoes each, the last two together.
+Method: nine tiles are cut from the cells of a 3 x 3 grid and shuffled by one of P permutations that
+differ much; the network predicts which (chance: ln P).  It is context-free: one encoder turns each
+tile alone into a vector, and only the vectors meet.  Against short cuts (lines that go on, colour
+fringes of a lens, brightness) tiles have gaps, are normalised, and a puzzle is grey or its colour
+channels are shifted against each other; an audit undoes these measures one at a time.
 
 Deviations from the paper
- 1. Tiles are embedded once and scored in several permutations; paper: shuffled once.
- 2. Permutations maximise the smallest distance to those before, then the mean; paper: the mean.
+ 1. An image's tiles become vectors once a step and several puzzles; paper: a single puzzle.
+ 2. Each permutation maximises the least distance to those before, then the mean; paper: the mean.
  3. Images of 96 or 128 pixels, tiles of 24 or 32, a network of that size with batch-norm; Nesterov
-    momentum, warm-up, cosine.  In 1 to 3 scale paper follows the paper, on squares of 256 pixels.
- 4. Channels are shifted inside their own cell: tiles keep `margin` pixels from its border, as in
-    the authors' later network.  Grey puzzles are not shifted, or they would not be grey.
+    momentum, warm-up, cosine.  In 1 to 3, scale paper follows the paper, on squares of 256 pixels.
+ 4. Channels shift inside their own cell: tiles keep `margin` pixels from its border, as in the
+    authors' later network.  Grey puzzles are not shifted, or they would not be grey.
  5. Tiles are normalized by channel; the official code subtracts a mean (N13) and does not divide.
- 6. The paper fine-tunes for VOC, and on ImageNet with layers locked.  Ours: plain probes on maps of
-    whole images, few labels, fine-tuning; batch-norm statistics of 500 images, for the random
-    network too.  The audit's networks see images prepared as their tiles were, in colour.
+ 6. Paper: fine-tuning for VOC, and on ImageNet with layers locked.  Ours: plain probes, few labels,
+    fine-tuning, with batch-norm statistics of 500 images; images are prepared as tiles, in colour.
  7. Multiplications in bfloat16 (--set precision=float32 for the original's), the rest in float32.
  8. audit/no-gap: the picture is made smaller until touching tiles reach as far across it; each
     shows 1.7 times as much.  audit/no-color-handling: no grey puzzles; paper: only no shifts.
  9. Left out: VOC, locked layers, transfer to puzzles (Table 3), nine sets of Table 4.
 10. Scale small: a narrower network, less training; claims are comparable, values are not.
-
 python -m papers.noroozi_jigsaw --scale small   # Imagenette, two CPU cores: 30 minutes, two seeds
-Result, small: jigsaw/conv4/linear 67.8 +- 0.1 against random/conv4/linear 60.3 (n = 3); paper, full
-training: 33.9
+Result, small: jigsaw/conv4/linear 67.8 +- 0.1 against random/conv4/linear 60.3 (n = 3);
+        paper, full training: 33.9
 """
-import dataclasses
-import functools
 import itertools
 import math
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -47,7 +44,7 @@ from replicate import evaluate, trainer
 from replicate.launch import launch
 
 
-@dataclasses.dataclass
+@dataclass
 class Config:
     """Settings of a run.  Lengths are in pixels of an image of image_size."""
     seed: int
@@ -58,12 +55,12 @@ class Config:
     width: float = 1.0                  # ours: channels, as a fraction of the network's
     tile: int = 32                      # ours; official code, N18: 64
     gap: int = 10                       # ours; official code, N19: 21, in cells of 85
-    jitter: bool = True                 # paper: tiles at random places of their cells
+    jitter: bool = True                 # paper: tiles lie anywhere in their cells
     normalization: bool = True          # paper: mean and deviation of each tile
     grey: float = 0.3                   # paper: share of puzzles without colours
     shift: int = 2                      # paper: of each channel of each tile, to either side
     margin: int = 2                     # ours: kept around a tile for the shift
-    fringe: float = 0.0                 # audit: how much the green channel is magnified
+    fringe: float = 0.0                 # audit: the green channel is magnified by so much more
     touching: bool = False              # audit: no gaps, and the grid reaches as far
     one_tile: bool = False              # audit: predict the cell of a tile from that tile alone
     permutations: int = 64              # ours; paper: 1000 in the end, 100 in Table 5
@@ -74,7 +71,7 @@ class Config:
     pretext_epochs: float = 200.0       # ours
     audit_epochs: float = 40.0          # ours
     pretext_rate: float = 0.05          # ours; official code, S5: 0.01
-    pretext_drops: tuple[float, ...] = ()   # S8: parts of the training, to a tenth; none: cosine
+    pretext_drops: tuple[float, ...] = ()   # S8: when the rate falls to a tenth; none: cosine
     supervised_epochs: float = 60.0     # ours: with all labels, from scratch and fine-tuned
     label_epochs: float = 20.0          # ours: with few labels, in epochs of the whole set
     supervised_rate: float = 0.1        # ours
@@ -100,25 +97,25 @@ class Config:
             assert 2 <= count <= 362880, f"{count} permutations: nine tiles have 2 to 362880"
         assert self.width * self.puzzles * self.probe_cells, "width, puzzles, probe_cells: above 0"
         assert self.grey <= 1 and self.warmup <= 1, "grey, warmup: shares, at most 1"
-        assert self.momentum > 0 or not self.nesterov, "nesterov needs a momentum above 0"
 
 
 # ---- The idea: put the tiles back in order ----
 
-@functools.cache
+@cache
 def hamming_permutations(count, tiles=9, seed=0, rule="max-min"):
     """(count, tiles) int64, chosen one after the other, the first at random (Algorithm 1).
 
     The next one has the largest minimum ("max-min", ties by the mean), largest mean ("max-mean") or
-    smallest mean ("min-mean") Hamming distance to those before.  Kept: do not write into it.
+    smallest mean ("min-mean") Hamming distance, the number of places that differ, to those before.
+    The result is cached: do not write into it.
     """
     if not 1 <= tiles <= 9 or not 1 <= count <= math.factorial(tiles):
         raise ValueError(f"{count} permutations of {tiles} tiles: 1 to tiles! of up to 9 tiles")
     candidates = torch.tensor(list(itertools.permutations(range(tiles))), dtype=torch.uint8)
     order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(seed))
     candidates = candidates[order].T.contiguous()  # (tiles, tiles!)
-    total = torch.zeros(len(order), dtype=torch.int32)
-    nearest = torch.full_like(total, tiles)
+    total = torch.zeros(len(order), dtype=torch.int32)  # of the distances to all chosen
+    nearest = torch.full_like(total, tiles)  # the least of them
     free, chosen = torch.ones(len(order), dtype=torch.bool), [0]
     while len(chosen) < count:
         free[chosen[-1]] = False
@@ -134,26 +131,31 @@ def hamming_permutations(count, tiles=9, seed=0, rule="max-min"):
 def cut_tiles(images, cell, tile, generator, margin=0, jitter=True):
     """(N,C,H,W) -> (N,9,C,t,t): a tile from a random place of each cell of a 3 x 3 grid.
 
-    The grid lies at a random place of the image; gaps are 0 to 2 (cell - tile) wide.  margin: that
-    many pixels more on each side, t = tile + 2 margin, of the cell where it has them, else of the
-    image.  jitter=False: from the middle of the cells.  ValueError where the grid does not fit.
+    The grid lies at a random place of the image.  margin: a tile has that many pixels more on each
+    side, t = tile + 2 margin, of its cell where there is room, else of the image.  jitter=False:
+    from the middle of the cells.  ValueError where the grid does not fit.
     """
-    count, device, slack = len(images), images.device, cell - tile
-    inside = min(margin, slack // 2)  # the part of the margin that the cell has
+    count, device = len(images), images.device
+    inside = min(margin, (cell - tile) // 2)  # the part of the margin for which the cell has room
     span = 3 * cell + 2 * (margin - inside)
-    if slack < 0 or min(images.shape[-2:]) < span:
+    if tile > cell or min(images.shape[-2:]) < span:
         raise ValueError(f"{tuple(images.shape)}: tiles of {tile} in cells of {cell} need {span}")
     room = torch.tensor(images.shape[-2:], device=device) - span + 1
     origin = (torch.rand(count, 1, 2, generator=generator, device=device) * room).long()
-    choices, moved = slack - 2 * inside + 1, slack // 2 - inside
+    choices = cell - tile - 2 * inside + 1
+    moved = (choices - 1) // 2
     if jitter:
         moved = torch.randint(choices, (count, 9, 2), generator=generator, device=device)
     place = torch.arange(9, device=device)
     grid = torch.stack([place // 3, place % 3], 1)  # (9, 2)
     corners = origin + cell * grid + moved  # (N, 9, 2)
-    window = torch.arange(tile + 2 * margin, device=device)
-    rows, columns = (corners[..., axis, None] + window for axis in (0, 1))  # (N, 9, t)
-    samples = torch.arange(count, device=device)[:, None, None, None]
+    return cut_squares(images, corners, tile + 2 * margin)
+
+
+def cut_squares(images, corners, side):
+    """(N,C,H,W), row and column (N,K,2) of the first pixels -> squares (N,K,C,side,side)."""
+    samples = torch.arange(len(images), device=images.device)[:, None, None, None]
+    rows, columns = (corners[..., None] + torch.arange(side, device=images.device)).unbind(2)
     return images[samples, :, rows[..., :, None], columns[..., None, :]].permute(0, 1, 4, 2, 3)
 
 
@@ -161,26 +163,25 @@ def handle_colors(windows, tile, grey, shift, generator):
     """(N,9,3,w,w) float -> (N,9,3,t,t): a share `grey` of the puzzles loses its colours; in the
     others each channel of each tile is cut up to `shift` pixels off the middle, on both axes."""
     count, device = len(windows), windows.device
-    chosen = torch.rand(count, 1, 1, 1, generator=generator, device=device) < grey
+    in_grey = torch.rand(count, 1, 1, 1, generator=generator, device=device) < grey
     moved = torch.randint(-shift, shift + 1, (count, 9, 3, 2), generator=generator, device=device)
     weights = torch.tensor([0.299, 0.587, 0.114], device=device)
     luma = torch.einsum("c,nkchw->nkhw", weights, windows)[:, :, None]
-    channels = torch.where(chosen[..., None], luma, windows).flatten(0, 2)  # (27N, w, w)
-    corners = torch.where(chosen, 0, moved).flatten(0, 2) + (windows.shape[-1] - tile) // 2
-    rows, columns = (corners[:, axis, None] + torch.arange(tile, device=device) for axis in (0, 1))
-    samples = torch.arange(len(channels), device=device)[:, None, None]
-    return channels[samples, rows[:, :, None], columns[:, None, :]].unflatten(0, (count, 9, 3))
+    channels = torch.where(in_grey[..., None], luma, windows).flatten(0, 2)[:, None]  # (27N,1,w,w)
+    corners = torch.where(in_grey, 0, moved).flatten(0, 2)[:, None]  # (27N, 1, 2)
+    corners = corners + (windows.shape[-1] - tile) // 2
+    return cut_squares(channels, corners, tile).reshape(count, 9, 3, tile, tile)
 
 
 def normalize_tiles(tiles):
-    """(...,C,t,t) in 0..1 -> mean 0 and standard deviation 1 in each channel of each tile."""
+    """(...,C,t,t) in 0..1 -> the same, each channel of each tile with mean 0 and deviation 1."""
     centred = tiles - tiles.mean((-2, -1), keepdim=True)
     return centred / centred.square().mean((-2, -1), keepdim=True).sqrt().clamp_min(0.01)
 
 
 def make_puzzles(images, generator, config):
-    """(N,3,S,S) uint8 -> tiles (N,9,3,t,t) in order, ready for the network, and labels (N,K): which
-    permutations shall shuffle them (in the audit of single tiles: the cell of each)."""
+    """(N,3,S,S) uint8 -> tiles (N,9,3,t,t) in order, short cuts closed, and labels (N,K): the
+    permutations that shall shuffle them (with one_tile: the cell of each tile)."""
     images, tile, cell = images.float() / 255, config.tile, config.tile + config.gap
     if config.fringe:
         images = evaluate.add_fringes(images, config.fringe)
@@ -197,23 +198,14 @@ def make_puzzles(images, generator, config):
 
 
 def arrange(tiles, orders):
-    """(N,9,...), (N,K,9) -> (N,K,9,...): place t of puzzle k gets tile orders[n, k, t]."""
+    """(N,9,...), orders (N,K,9) -> (N,K,9,...): place t of puzzle k gets tile orders[n, k, t]."""
     return tiles[torch.arange(len(tiles), device=tiles.device)[:, None, None], orders]
 
 
 # ---- Network ----
 
-class LocalResponseNorm(nn.Module):
-    """AlexNet's, over five channels; torch's own has no deterministic backward pass on a GPU."""
-
-    def forward(self, x):
-        squares = F.pad(x.float().square(), (0, 0, 0, 0, 2, 2))
-        near = sum(squares[:, shift:shift + x.shape[1]] for shift in range(5))
-        return x / (1 + 1e-4 / 5 * near).pow(0.75).to(x.dtype)
-
-
 def grouped_convolution(inputs, outputs, kernel, stride=1, padding=1, groups=1, norm=False):
-    """The layers of a convolution, batch-norm, and ReLU."""
+    """The layers of a convolution in groups, batch-norm where there is one, and ReLU."""
     layer = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=not norm)
     return [layer, nn.BatchNorm2d(outputs), nn.ReLU()] if norm else [layer, nn.ReLU()]
 
@@ -225,7 +217,7 @@ def fully_connected(inputs, outputs, norm):
 
 
 class TileEncoder(nn.Module):
-    """conv1 to conv5 and fc6 for one tile alone, (N,3,t,t) -> (N,D), or `maps` of whole images."""
+    """conv1 to conv5 and fc6: tiles (N,3,t,t) -> (N,D); or `maps` of images of any size."""
 
     def __init__(self, network="small", width=1.0, tile=64):
         super().__init__()
@@ -233,7 +225,7 @@ class TileEncoder(nn.Module):
         channels = (64, 192, 384, 256, 256) if small else (96, 256, 384, 384, 256)
         c1, c2, c3, c4, c5 = (2 * max(4, round(count * width / 2)) for count in channels)  # even
         pool = nn.MaxPool2d(3, 2, ceil_mode=True)
-        convolution = functools.partial(grouped_convolution, norm=small)
+        convolution = partial(grouped_convolution, norm=small)
         if small:
             blocks = [[*convolution(3, c1, 5, 2, padding=2), pool], [*convolution(c1, c2, 3), pool],
                       convolution(c2, c3, 3), convolution(c3, c4, 3), convolution(c4, c5, 3)]
@@ -244,7 +236,7 @@ class TileEncoder(nn.Module):
                       [*convolution(c4, c5, 3, groups=2), pool]]
         self.blocks = nn.ModuleList(nn.Sequential(*layers) for layers in blocks)
         self.channels, self.dimension = c5, max(8, round((512 if small else 1024) * width))
-        flat = self.eval().maps(torch.zeros(1, 3, tile, tile))[-1].numel()
+        flat = self.eval().maps(torch.zeros(1, 3, tile, tile))[-1].numel()  # inputs of fc6
         self.fc6 = nn.Sequential(nn.Flatten(), fully_connected(flat, self.dimension, norm=small))
         self.apply(initialize).train()
 
@@ -260,8 +252,8 @@ class TileEncoder(nn.Module):
 
 
 class ContextFreeNetwork(nn.Module):
-    """Tiles (N,9,3,t,t), labels (N,K) -> scores (NK,P) of the permutations (P,9) (Fig. 3).  In the
-    audit of single tiles fc7 sees one at a time, and the cells are scored, (9N,9)."""
+    """Tiles (N,9,3,t,t), labels (N,K) -> scores (NK,P) of the P permutations (Fig. 3); labels tell
+    how to shuffle the tiles' vectors.  one_tile: scores (9N,9) of the cells, tile by tile."""
 
     def __init__(self, config):
         super().__init__()
@@ -296,16 +288,24 @@ def initialize(layer):
         nn.init.constant_(layer.bias, float(linear or layer.groups > 1))
 
 
-# ---- Pre-training ----
+# ---- Objective ----
+
+def pretext_loss(scores, labels):
+    """Scores (N,K), labels (N,) -> mean cross-entropy and the share of correct answers."""
+    return {"loss": F.cross_entropy(scores.float(), labels),
+            "accuracy": (scores.argmax(1) == labels).float().mean()}
+
 
 def make_optimizer(config, model):
-    """SGD; biases have twice the rate and no weight decay (N162); run.fit sets the rate."""
+    """SGD; biases have twice the rate (run.fit reads "scale") and no weight decay (N162)."""
     weights = [p for name, p in model.named_parameters() if not name.endswith("bias")]
     biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
     groups = [{"params": weights}, {"params": biases, "scale": 2.0, "weight_decay": 0.0}]
     return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay,
-                           nesterov=config.nesterov)
+                           nesterov=config.nesterov and config.momentum > 0)
 
+
+# ---- Pre-training ----
 
 def pretrain(run, data, config, name):
     """-> Trained ContextFreeNetwork.  config: the run's, or that of a variant of the audit."""
@@ -317,9 +317,7 @@ def pretrain(run, data, config, name):
     def loss(batch, step):
         images, _ = batch  # the class labels stay unused
         tiles, labels = run.augment(make_puzzles, images, "augment", step, config=config)
-        scores, labels = model(tiles, labels), labels.flatten()
-        return {"loss": F.cross_entropy(scores.float(), labels),
-                "accuracy": (scores.argmax(1) == labels).float().mean()}
+        return pretext_loss(model(tiles, labels), labels.flatten())
 
     return run.fit(name, model, loss, run.shuffled(data.unlabeled, config.batch_size, "pretext"),
                    steps=trainer.steps_in(config, config.pretext_epochs, data.unlabeled),
@@ -329,7 +327,8 @@ def pretrain(run, data, config, name):
 
 # ---- Evaluation ----
 
-VARIANTS = {  # of the audit: name -> settings that differ
+NETWORKS = ("jigsaw", "random", "supervised")
+VARIANTS = {  # of the audit: name -> settings that differ from the run's
     "audit/as-is": {}, "audit/no-gap": {"touching": True}, "audit/no-jitter": {"jitter": False},
     "audit/no-normalization": {"normalization": False},
     "audit/no-color-handling": {"grey": 0.0, "shift": 0},
@@ -337,19 +336,21 @@ VARIANTS = {  # of the audit: name -> settings that differ
     "audit/aberration-handled": {"fringe": 0.02}, "audit/one-tile": {"one_tile": True},
     "audit/permutations9": {"permutations": 9}, "audit/permutations64": {"permutations": 64},
     "audit/permutations64-near": {"permutations": 64, "rule": "min-mean"},
-    **{f"audit/permutations{count}": {"permutations": count} for count in (100, 1000)},
-}
+    "audit/permutations100": {"permutations": 100},
+    "audit/permutations1000": {"permutations": 1000}}
 
 
 def audit_config(config, name):
-    """The settings of a network: the run's; of a variant: those that differ, the audit's budget."""
+    """The settings of a network: the run's, or a variant's, with the budget of the audit."""
+    if name not in VARIANTS:
+        return config
     audit = {"pretext_epochs": config.audit_epochs, "permutations": config.audit_permutations}
-    return dataclasses.replace(config, **audit | VARIANTS[name]) if name in VARIANTS else config
+    return replace(config, **{**audit, **VARIANTS[name]})
 
 
 @torch.no_grad()
 def puzzle_accuracy(run, model, config, test):
-    """Percent of the puzzles of test images whose answer is correct; the tiles are cut once."""
+    """Percent of the puzzles of test images whose permutation, or cell, is predicted correctly."""
     model.eval()
     correct = count = 0
     for number, (images, _) in enumerate(evaluate.in_order(test, 250)):
@@ -361,14 +362,14 @@ def puzzle_accuracy(run, model, config, test):
 
 
 def normalize(images, config):
-    """(N,3,H,W) uint8 -> what encoders see of whole images: normalized by channel, or all alike."""
+    """Whole images (N,3,H,W) uint8 -> what encoders see of them, as of tiles in pre-training."""
     images = images.float() / 255
     images = normalize_tiles(images) if config.normalization else (images - 0.5) / 0.25
     return images.contiguous(memory_format=torch.channels_last)
 
 
 def for_images(encoder):
-    """The same encoder, set for whole images: AlexNet's conv1 gets its stride of 4 back."""
+    """The same encoder, set for whole images: AlexNet's conv1 has a stride of 2 for tiles only."""
     if not encoder.small:
         encoder.blocks[0][0].stride = (4, 4)
     return encoder
@@ -381,73 +382,74 @@ def feature_maps(run, encoder, config, images):
 
 
 def plain_probes(run, encoder, config, rows, train, test):
-    """{row: accuracy} of rows <network>/conv<block>/<linear, knn or labels<number>>."""
+    """{row: accuracy} of rows <network>/conv<block>/<linear, knn or labels<number a class>>."""
     kinds = {}
     for row in rows:
         *_, layer, kind = row.split("/")
         kinds[row] = int(layer[-1]), evaluate.labels_of(row) or kind
-    maps = functools.partial(feature_maps, run, encoder, config)
+    maps = partial(feature_maps, run, encoder, config)
     evaluate.recalibrate(encoder, maps, train)  # batch-norm statistics of whole images
     with evaluate.frozen(encoder):
         return evaluate.probe(maps, kinds, train, test, config.probe_cells, run.seed)
 
 
-def classify(run, data, row, encoder, rate):
-    """-> Trained classifier: convolutions and a linear layer, on the labels that the row names."""
+def train_classifier(run, data, row, encoder, rate):
+    """-> Trained: the encoder's convolutions and a linear layer, on the labels a row may use."""
     config, labels = run.config, evaluate.labels_of(row)
-    model = evaluate.Classifier(for_images(encoder), data.classes).to(run.device)
+    model = evaluate.Classifier(encoder, data.classes).to(run.device)
     epochs = config.label_epochs if labels else config.supervised_epochs
     batch_size = min(config.batch_size, 64)
     return evaluate.train_on_labels(
-        run, data, row, model, functools.partial(normalize, config=config), labels,
-        batch_size=batch_size, steps=trainer.steps_in(config, epochs, data.train, batch_size),
-        optimizer=make_optimizer(config, model),
-        rate=trainer.cosine(rate, config.warmup), chance=math.log(data.classes))
+        run, data, row, model, partial(normalize, config=config), labels, batch_size=batch_size,
+        steps=trainer.steps_in(config, epochs, data.train, batch_size),
+        optimizer=make_optimizer(config, model), rate=trainer.cosine(rate, config.warmup),
+        chance=math.log(data.classes))
 
 
 def network(run, data, name):
-    """-> Trained with an .encoder: "jigsaw", "random", "supervised" or one of the VARIANTS."""
+    """-> Trained, whose model has an encoder: one of NETWORKS or of the audit's VARIANTS."""
     config = audit_config(run.config, name)
-    if name in VARIANTS:  # those with the same settings share one training
+    if name in VARIANTS:  # those with the same settings share one training, under the first's name
         name = next(first for first in VARIANTS if audit_config(run.config, first) == config)
     if name not in ("random", "supervised"):
         return pretrain(run, data, config, name)
     model = run.build(ContextFreeNetwork, config)
     if name == "random":
         return trainer.Trained(model)
-    return classify(run, data, name, model.encoder, config.supervised_rate)
+    encoder = for_images(model.encoder)
+    return train_classifier(run, data, name, encoder, config.supervised_rate)
 
 
 def reproduce(run):
-    """Everything of one seed.  What was trained before is read from its checkpoint."""
+    """Every row of one seed; what several rows share is trained once, then read from its file."""
     config = run.config
     data = run.load(config.dataset, config.image_size, config.streamed or None, channels=3)
-    if hasattr(data.train, "images"):  # a set with a size of its own must have room for the grid
-        dataclasses.replace(config, image_size=data.train.images.shape[-1])
-    for name in ("jigsaw", "random", "supervised", *VARIANTS):
+    if hasattr(data.train, "images"):  # some sets have a size of their own: Config checks it again
+        replace(config, image_size=data.train.images.shape[-1])
+    for name in (*NETWORKS, *VARIANTS):
         settings = audit_config(config, name)
         if rows := run.wants(f"{name}/puzzle-accuracy", f"{name}/cell-accuracy"):
             trained = network(run, data, name)
-            measure = functools.partial(puzzle_accuracy, run, trained.model, settings)
+            measure = partial(puzzle_accuracy, run, trained.model, settings)
             run.record(rows, measure, data.test, after=[trained])
             if run.seed == 0 and name == "jigsaw" and run.value("jigsaw/puzzle-accuracy"):
                 figures(run, data)
         if rows := run.wants(f"{name}/conv*"):
             trained = network(run, data, name)
             encoder = for_images(trained.model.encoder)
-            measure = functools.partial(plain_probes, run, encoder, settings, rows)
+            measure = partial(plain_probes, run, encoder, settings, rows)
             run.record(rows, measure, data.train, data.test, after=[trained])
     for row in run.wants("supervised", "supervised/labels*", "jigsaw/finetuned*"):
         if not evaluate.enough_labels(data.train.labels, row):
-            run.record(row, None)
+            run.record(row, None)  # leaves the row out
             continue
         finetuned = row.startswith("jigsaw")
-        begun = network(run, data, "jigsaw" if finetuned else "random")
+        start = network(run, data, "jigsaw" if finetuned else "random")
         rate = config.finetune_rate if finetuned else config.supervised_rate
-        trained = classify(run, data, row, begun.model.encoder, rate)
-        see = functools.partial(normalize, config=config)
-        measure = functools.partial(evaluate.class_accuracy, run, trained.model, see)
-        run.record(row, measure, data.test, after=[begun, trained])
+        final = train_classifier(run, data, row, for_images(start.model.encoder), rate)
+        see = partial(normalize, config=config)
+        measure = partial(evaluate.class_accuracy, run, final.model, see)
+        run.record(row, measure, data.test, after=[start, final])
 
 
 # ---- Figures ----
@@ -466,19 +468,29 @@ def figures(run, data):
     tiles, labels = make_puzzles(images, run.stream("figures", 0, run.device), config)
     with run.autocast():
         answers = model(tiles, labels[:, :1]).argmax(1, keepdim=True)  # (N, 1)
-    plain = dataclasses.replace(config, grey=0.0, shift=0, normalization=False)
+    plain = replace(config, grey=0.0, shift=0, normalization=False)
     ordered, _ = make_puzzles(images, run.stream("figures", 0, run.device), plain)  # the same tiles
-    ordered = ordered * 0.25 + 0.5
+    ordered = ordered * 0.25 + 0.5  # in 0..1 again
     shuffled = arrange(ordered, model.permutations[labels[:, :1]])[:, 0]
-    solved = arrange(shuffled, model.permutations[answers].argsort(2))[:, 0]  # by the inverse
+    solved = arrange(shuffled, model.permutations[answers].argsort(2))[:, 0]  # the inverse
     panels = [make_grid(tiles, nrow=3, padding=2, pad_value=1.0)
               for puzzle in zip(shuffled.cpu(), solved.cpu(), ordered.cpu()) for tiles in puzzle]
     grid = make_grid(panels, nrow=6, padding=4, pad_value=1.0)[None]
     save_image(F.interpolate(grid, scale_factor=2), run.suite / f"{run.paper}_puzzles.png")
 
 
+# ---- Parts that the method calls ----
+
+class LocalResponseNorm(nn.Module):
+    """AlexNet's, over five channels; torch's own has no deterministic backward pass on a GPU."""
+
+    def forward(self, x):
+        squares = F.pad(x.float().square(), (0, 0, 0, 0, 2, 2))
+        near = sum(squares[:, shift:shift + x.shape[1]] for shift in range(5))
+        return x / (1 + 1e-4 / 5 * near).pow(0.75).to(x.dtype)
+
+
 def main(arguments=None):
-    """The command line; returns the exit status."""
     return launch(__file__, Config, reproduce, arguments)
 
 
