@@ -16,8 +16,9 @@ Deviations from the paper
     grid nearly fills such images, so a single patch tells much about its place (audit/one-patch).
     Scale paper: the paper's patches and AlexNet, squares of 448 pixels (paper: random sizes).
  3. Batch-norm in every layer at small and full; paper: from the third convolution on.
- 4. SGD with Nesterov momentum, warm-up, cosine; paper: momentum 0.999, four weeks at a fixed rate.
-    Scale paper: 1.7 million updates at 0.025, as the official code's rate is for a mean loss.
+ 4. SGD with Nesterov momentum, warm-up, cosine; paper: momentum 0.999, four weeks at a fixed rate;
+    official code: 1.7 million updates at 1e-5 on the sum over some 2,500 pairs, without momentum.
+    Scale paper: as many at 0.025 on the mean over 896 pairs (56 images), without weight decay.
  5. Small and full project colours, chosen on a slice of train (28 % correct after 3 epochs, with
     dropping 25 %).  Scale paper drops them, with the paper's noise, patch by patch (L99).
  6. Paper: fine-tuning for VOC, retrieval by fc6.  Ours: plain probes, few labels, fine-tuning and
@@ -469,9 +470,8 @@ def figures(run, data):
     queries, panels = torch.linspace(0, len(patches) - 1, 6).long(), []
     for encoder in encoders:
         features = unit_features(run, encoder, patches, data.train)
-        similarity = features[queries.to(features.device)] @ features.T
-        nearest = similarity.topk(min(7, len(patches)), dim=1).indices  # the query comes first
-        tiles = patches[nearest.flatten()].cpu()
+        nearest = (features[queries] @ features.T).topk(min(7, len(patches)), dim=1).indices
+        tiles = patches[nearest.flatten()].cpu()  # each query first: it is nearest to itself
         panels.append(make_grid(tiles, nrow=nearest.shape[1], padding=1, pad_value=1.0))
     grid = make_grid(panels, padding=6, pad_value=1.0)[None]
     filters = encoders[0].blocks[0][0].weight.detach().float().contiguous()

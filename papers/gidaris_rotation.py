@@ -19,7 +19,8 @@ Deviations (official code: github.com/gidariss/FeatureLearningRotNet, commit 853
  7. Convolutions and matrix products run in bfloat16 (--set precision=float32 for the original's).
  8. Left out: Places (Table 6), PASCAL VOC (Table 7), accuracy over pretext epochs (Fig. 5a).
  9. Scale small: narrower, less training (fine-tuning least); values are not comparable, claims are.
-10. Our control, random, has batch-norm statistics of 500 images; random-official is as released.
+10. Our control, random, has batch-norm statistics of 500 images, as a trained network has.  The
+    released code's, random-official, has means of 0, variances of 1 and torch's own weights.
 python -m papers.gidaris_rotation --scale small   # CIFAR-10, two CPU cores: 30 minutes, two seeds
 Result, small: rotnet4/conv 50.6 +- 0.9 against supervised 57.9 (n = 3); paper, full training: 91.16
 """
@@ -353,9 +354,9 @@ def head_scores(heads, rows, maps):
 def fit_heads(run, data, name, trunk, make_head, schedule, rows=None, finetune=False):
     """Train a head for each row, side by side, and record their test accuracies.
 
-    trunk: a name for `network`, trained as well where `finetune` says so.  schedule: epochs, drops,
-    rate; an epoch is as long with few labels as with all (Sec. 3.1, official code).  rows: {row:
-    block its head sees}; all are trained whichever are wanted, so that --rows changes no number.
+    trunk: a name for `network`; finetune: it is trained as well.  schedule: epochs, drops, rate; an
+    epoch is as long with few labels as with all (Sec. 3.1, official code).  rows: {row: block its
+    head sees}, else {name: 2}; all are trained, whichever are wanted: --rows changes no number.
     """
     rows = rows or {name: 2}
     if not run.wants(*rows):

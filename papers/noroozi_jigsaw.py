@@ -19,7 +19,8 @@ Deviations from the paper
     authors' later network.  Grey puzzles are not shifted, or they would not be grey.
  5. Tiles are normalized by channel; the official code subtracts a mean (N13) and does not divide.
  6. Paper: fine-tuning for VOC, and on ImageNet with layers locked.  Ours: plain probes, few labels,
-    fine-tuning, with batch-norm statistics of 500 images; images are prepared as tiles, in colour.
+    fine-tuning, with batch-norm statistics of 500 images.  Images are prepared as the network's
+    own tiles were (so in the audit, too), but are never grey and their channels never shifted.
  7. Multiplications in bfloat16 (--set precision=float32 for the original's), the rest in float32.
  8. audit/no-gap: the picture is made smaller until touching tiles reach as far across it; each
     shows 1.7 times as much.  audit/no-color-handling: no grey puzzles; paper: only no shifts.
@@ -160,8 +161,8 @@ def cut_squares(images, corners, side):
 
 
 def handle_colors(windows, tile, grey, shift, generator):
-    """(N,9,3,w,w) float -> (N,9,3,t,t): a share `grey` of the puzzles loses its colours; in the
-    others each channel of each tile is cut up to `shift` pixels off the middle, on both axes."""
+    """Tiles with their margins (N,9,3,w,w) -> (N,9,3,t,t): a share `grey` of the puzzles is grey;
+    in the others each channel of each tile is cut up to `shift` pixels off the middle."""
     count, device = len(windows), windows.device
     in_grey = torch.rand(count, 1, 1, 1, generator=generator, device=device) < grey
     moved = torch.randint(-shift, shift + 1, (count, 9, 3, 2), generator=generator, device=device)
