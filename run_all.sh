@@ -8,7 +8,7 @@ usage="usage: ./run_all.sh [smoke|small|full|paper] [SCRIPT ...] [--seeds 0,1,2]
        ./run_all.sh plan [SCALE] [SCRIPT ...] [options]     minutes and memory per row, nothing else
        ./run_all.sh tables [--check] [--results DIR]       render the tables, or compare them
        ./run_all.sh test [pytest options]                  the test suite
-       ./run_all.sh bench [SCALE]                          speed against the usual ways
+       ./run_all.sh bench [SCALE] [SCRIPT ...] [--results DIR]   speed against the usual ways
 Without a scale it takes small or full where data are on disk, and else smoke, and says why."
 fail() { echo "error: $*" >&2; exit 2; }
 case "${1:-}" in -h|--help|help) echo "$usage"; exit 0 ;; esac
@@ -34,7 +34,6 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}  # spinning threads slow othe
 cores=$(nproc 2>/dev/null || echo 1); children=(); names=(); stopped=; plan=()
 case "${1:-}" in
     tables) shift; export PYTHONSAFEPATH=1; exec "$python" -m replicate.report "$@" ;;
-    bench) shift; exec "$python" "$here/tests/bench.py" "$@" ;;
     test) shift; cd "$here" || exit 2
         [ $# = 0 ] || exec "$python" -m pytest -q tests "$@"
         count=$((cores > 4 ? 4 : cores)); status=0  # each core takes its share of the tests
@@ -52,6 +51,7 @@ esac
 export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_-0} MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_-67108864}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-17179869184}
 export PYTHONSAFEPATH=1  # called from a folder with a papers/ of its own, it runs those beside it
+[ "${1:-}" != bench ] || { shift; exec "$python" "$here/tests/bench.py" "$@"; }
 known=$(cd "$here/papers" && printf '%s ' *.yaml | sed 's/\.yaml//g')
 scale=; papers=(); options=(); seeds=; jobs=1
 while [ $# -gt 0 ]; do
