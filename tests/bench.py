@@ -55,10 +55,11 @@ def made_up(times, name, root, device, size=None, streamed=None):
     """Stands in for data.load: noise with the shape of the set and `times` as many images, at most
     2 GB of them before they are multiplied."""
     classes, (side, _, channels) = data.PACKED.get(name, (10, (size or 32, size or 32, 3)))[:2]
-    if name.startswith("embedded-digits"):
-        side, channels = 28, 3 if "blended" in name else 1
+    if name.startswith("embedded-digits") or name == "mnist-m":
+        side, channels = 28, 1 if name == "embedded-digits" else 3
     side = size if size and channels == 3 else side
-    counts = data.COUNTS.get(name, data.IMAGENETTE[0] if name == "imagenette" else (10000, 2000))
+    known = {**data.COUNTS, "imagenette": data.IMAGENETTE[0], "mnist-m": data.COUNTS["mnist"]}
+    counts = known.get(name, (10000, 2000))
     counts = [min(count, 2 * 10 ** 9 // (channels * side * side)) for count in counts]
     if sum(counts) * times * channels * side ** 2 > 4e9 + 1.2e10 * (device.type == "cuda"):
         raise records.InputError(f"{times} times {name} would not fit into memory")
@@ -115,7 +116,7 @@ class Timed(trainer.Run):
         seconds, usual = {kind: [] for kind in self.ask.kinds}, None
         if "idiomatic" in seconds and self.paper in VERSIONS and name == MAIN[self.paper]:
             usual = idiomatic_step(self.paper, self.settings, self.device, model, optimizer,
-                                   WORKERS if self.ask.rounds > 2 else 1)
+                                   2 * WORKERS if self.ask.rounds > 2 else 1)
         trainer.PLAN_STEPS = 10 ** 4
         try:
             super().fit(purpose, model, loss,
@@ -182,7 +183,7 @@ def measure(script, scale, ask, overrides=(), times=1):
 
 def watched(paper):
     """The paper's script, whose pretrain tells the run its name, and whose preparation is kept."""
-    script = importlib.import_module(f"papers.{paper}")
+    script, palettes = importlib.import_module(f"papers.{paper}"), []
     pretrain = script.pretrain
 
     def named(run, data, config, name, *rest):
@@ -196,6 +197,12 @@ def watched(paper):
         return lambda *given: Kept.recall(name, lambda: function(*given))
 
     script.pretrain = named
+    if paper == "dann":
+        script.make_mnist_m = lambda run, mnist: run.load("mnist-m")
+    if paper == "zhang_colorization":  # made once: it does not depend on what grows
+        make_palette = script.make_palette
+        script.make_palette = lambda *given: (palettes or palettes.append(make_palette(*given))
+                                              or palettes)[0]
     for name in PREPARATION.get(paper, ()):
         setattr(script, name, kept(name, getattr(script, name)))
     return script

@@ -74,8 +74,9 @@ def growth_table(lines):
     rows = [[paper, *(cell(next((line["ratio"] for line in lines if line["paper"] == paper
                                  and line["what"] == what), None)) for what in columns)]
             for paper in dict.fromkeys(line["paper"] for line in lines)]
-    return rows and ["The time of a step for each image (each pixel, where the side grows) over that"
-                     " at the scale's own size:", "", *table(["growth", *columns], rows)]
+    says = ("The time of a step for each image (each pixel, where the side grows) over that at the "
+            "scale's own size:")
+    return rows and [says, "", *table(["growth", *columns], rows)]
 
 
 def render(lines):

@@ -103,16 +103,18 @@ class Colors:
 VERSIONS = {"gidaris_rotation": FourTurns, "swav": Crops, "zhang_colorization": Colors}
 
 
-def idiomatic_step(paper, config, device, model, optimizer, workers=WORKERS):
-    """-> a function that gives the seconds of a step on a copy of model and optimizer."""
+def idiomatic_step(paper, config, device, model, optimizer, ahead):
+    """-> a function that gives the seconds of a step on a copy of model and optimizer.
+
+    ahead: the batches that the workers make before they are asked for, two each.
+    """
     kind, (model, state) = type(optimizer), copy.deepcopy((model, vars(optimizer)))
     model.to(memory_format=torch.contiguous_format)
     optimizer = kind.__new__(kind)  # copied whole: deepcopy leaves out what torch does not know
     vars(optimizer).update(state)
     transform = VERSIONS[paper](sys.modules[f"papers.{paper}"], config)
-    ahead = 2 * workers  # batches that a DataLoader makes before they are asked for
     pictures = Pictures(config.image_size, 3 * ahead * config.batch_size, transform)
-    loader = DataLoader(pictures, config.batch_size, shuffle=True, num_workers=workers,
+    loader = DataLoader(pictures, config.batch_size, shuffle=True, num_workers=-(-ahead // 2),
                         drop_last=True, pin_memory=device.type == "cuda")
 
     def seconds():
