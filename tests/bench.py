@@ -134,10 +134,11 @@ class Timed(trainer.Run):
         yield held
         clock(self.device)
         self.first_step = time.time() - self.ask.started - self.loading
-        Kept.prepared = "prepared" in seconds
-        with FlopCounterMode(display=False) as counter:
-            yield held
-        self.flops = counter.get_total_flops()
+        if "prepared" in seconds:
+            Kept.prepared = True
+            with FlopCounterMode(display=False) as counter:
+                yield held
+            self.flops = counter.get_total_flops()
         for number in range(self.ask.rounds):
             for kind in seconds:
                 if kind == "product":
