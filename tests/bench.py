@@ -102,8 +102,8 @@ class Timed(trainer.Run):
         return loaded
 
     def augment(self, function, images, purpose, step, **settings):
-        return Kept.recall(purpose, lambda: super(Timed, self).augment(function, images, purpose,
-                                                                       step, **settings))
+        augment = super().augment
+        return Kept.recall(purpose, lambda: augment(function, images, purpose, step, **settings))
 
     def record(self, rows, measure, *splits, after=()):
         return super().record(rows, None)
