@@ -139,6 +139,7 @@ class Timed(trainer.Run):
             with FlopCounterMode(display=False) as counter:
                 yield held
             self.flops = counter.get_total_flops()
+            self.product()  # the first one takes longer
         for number in range(self.ask.rounds):
             for kind in seconds:
                 if kind == "product":
@@ -185,7 +186,7 @@ def measure(script, scale, ask, overrides=(), times=1):
 def watched(paper):
     """The paper's script, whose pretrain tells the run its name, and whose preparation is kept."""
     script, palettes = importlib.import_module(f"papers.{paper}"), []
-    pretrain = script.pretrain
+    pretrain, make_palette = script.pretrain, getattr(script, "make_palette", None)
 
     def named(run, data, config, name, *rest):
         run.training, run.settings = name, config
@@ -197,13 +198,13 @@ def watched(paper):
     def kept(name, function):
         return lambda *given: Kept.recall(name, lambda: function(*given))
 
-    script.pretrain = named
-    if paper == "dann":
-        script.make_mnist_m = lambda run, mnist: run.load("mnist-m")
-    if paper == "zhang_colorization":  # made once: it does not depend on what grows
-        make_palette = script.make_palette
-        script.make_palette = lambda *given: (palettes or palettes.append(make_palette(*given))
-                                              or palettes)[0]
+    def first_palette(*given):  # counting colours takes seconds, and growth does not change them
+        if not palettes:
+            palettes.append(make_palette(*given))
+        return palettes[0]
+
+    script.pretrain, script.make_palette = named, first_palette
+    script.make_mnist_m = lambda run, mnist: run.load("mnist-m")
     for name in PREPARATION.get(paper, ()):
         setattr(script, name, kept(name, getattr(script, name)))
     return script
@@ -220,7 +221,7 @@ def write(options, measure, paper="", **what):
 
 
 def time_steps(options, paper, script):
-    """Every training of a paper -> the settings of the one that stands for it."""
+    """Time every training of a paper -> the settings of the one that stands for it, or None."""
     found = {}
 
     def report(run, name, seconds):
@@ -243,7 +244,7 @@ def time_steps(options, paper, script):
         ask.only, ask.rounds = MAIN[paper], 0
     if status := measure(script, options.scale, ask):
         raise SystemExit(status)
-    return found[MAIN[paper]]
+    return found.get(MAIN[paper])
 
 
 def time_growth(options, paper, script, settings):
@@ -305,10 +306,11 @@ def time_start(options):
             for what, command in (("import torch", ["-c", "import torch"]),
                                   ("--help", ["-m", f"papers.{paper}", "--help"])):
                 start = time.perf_counter()
-                subprocess.run([sys.executable, *command], cwd=ROOT, check=True,
-                               stdout=subprocess.DEVNULL)
+                done = subprocess.run([sys.executable, *command], cwd=ROOT,
+                                      stdout=subprocess.DEVNULL)
                 seconds = round(time.perf_counter() - start, 2)
-                write(options, "start", paper, what=what, seconds=seconds)
+                if done.returncode == 0:
+                    write(options, "start", paper, what=what, seconds=seconds)
             run_part(options, paper, "--first")
 
 
@@ -331,6 +333,9 @@ def main(arguments=None):
     add("--started", default=0.0, type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.results = options.results.absolute()
+    declared = records.read_declared(ROOT / "papers" / f"{next(iter(MAIN))}.yaml")["scales"]
+    if options.scale not in declared:
+        parser.error(f"unknown scale {options.scale}; known: {', '.join(declared)}")
     if unknown := [paper for paper in options.papers if paper not in MAIN]:
         parser.error(f"unknown paper {unknown[0]}; known: {', '.join(MAIN)}")
     options.device = launch.pick_device("auto")
@@ -338,7 +343,7 @@ def main(arguments=None):
         for paper in options.papers:
             script = watched(paper)
             settings = time_steps(options, paper, script)
-            if not options.first:
+            if settings and not options.first:
                 time_growth(options, paper, script, settings)
         return 0
     options.session = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -351,7 +356,7 @@ def main(arguments=None):
     file = options.results / "bench.jsonl"
     page = render([json.loads(line) for line in file.read_text().splitlines()])
     records.write_atomically(options.results / "BENCH.md", page.encode())
-    print(f"\n{page}\n{options.results / 'BENCH.md'}", *(f"failed: {each}" for each in failed))
+    print(f"\n{page}\n{options.results / 'BENCH.md'}", *(f"failed: {names}" for names in failed))
     return 1 if failed else 0
 
 

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 import bench
 import bench_page
 from conftest import ROOT
@@ -39,7 +41,9 @@ def test_the_committed_page_follows_from_its_lines():
         assert (ROOT / "results" / "BENCH.md").read_text() == page
 
 
-def test_wrong_words_are_named():
-    done = subprocess.run([sys.executable, bench.__file__, "smoke", "colors"], text=True,
-                          capture_output=True)
-    assert done.returncode == 2 and "unknown paper colors" in done.stderr
+@pytest.mark.parametrize("words,message", [
+    (["smoke", "colors"], "unknown paper colors"), (["tiny"], "unknown scale tiny")])
+def test_wrong_words_are_named(words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(words)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
