@@ -71,9 +71,11 @@ class Config:
         assert self.moons_points >= 20, "moons_points: at least 20"
 
 
-# ---- The idea: Algorithm 1, for many networks at once ----
-# Sizes: P pairs of domains, M networks of each, N training examples of a pair, H hidden units, C
-# classes.  `kernel` (P,N,N) holds the inner products of the examples of each pair.
+# ---- The idea ----
+
+# Algorithm 1, for many networks at once.  Sizes used below: P pairs of domains, M networks of
+# each, N training examples of a pair, H hidden units, C classes.  `kernel` (P,N,N) holds the
+# inner products of the examples of each pair.
 
 def first_networks(projected, networks, classes, generator):
     """{name: tensor} of P x M untrained networks.
@@ -141,6 +143,34 @@ def train_on_block(nets, kernel, source, targets, labels, strengths, rate):
     nets["inputs"] += torch.einsum("pin,pimh->pnmh", products, changes)
 
 
+# ---- mSDA: marginalised stacked denoising autoencoders (Chen et al. 2012) ----
+
+def denoising_layer(examples, corruption):
+    """(N,D) -> weights (D,D+1) that best restore inputs of which a share is blanked, averaged over
+    all ways to blank them.  The last column is for a constant 1, which is never blanked."""
+    ones = torch.cat([examples, torch.ones_like(examples[:, :1])], 1)
+    kept = torch.full_like(ones[0], 1 - corruption)
+    kept[-1] = 1
+    scatter = ones.T @ ones
+    between = scatter * kept[:, None] * kept  # of two blanked inputs
+    between.diagonal().copy_(scatter.diagonal() * kept)
+    between.diagonal().add_(1e-5)
+    across = scatter[:-1] * kept  # of the clean input and a blanked one
+    return torch.cholesky_solve(across.T, torch.linalg.cholesky(between)).T
+
+
+def stacked_layers(train, others, layers, corruption):
+    """Yield (train (N,D), others (K,D)), first as they are, then after each layer of mSDA."""
+    yield train, others
+    for _ in range(layers):
+        weights = denoising_layer(train, corruption)
+        train, others = (torch.tanh(x @ weights[:, :-1].T + weights[:, -1])
+                         for x in (train, others))
+        yield train, others
+
+
+# ---- Pre-training ----
+
 def train(nets, kernel, source, target, held_out, labels, strengths, rate, epochs, patience, draw):
     """-> the networks as they were when they made the fewest errors on held_out.
 
@@ -178,87 +208,6 @@ def train(nets, kernel, source, target, held_out, labels, strengths, rate, epoch
 
 
 BLOCK = 25  # examples; changes the speed and no result
-
-
-# ---- mSDA: marginalised stacked denoising autoencoders (Chen et al. 2012) ----
-
-def denoising_layer(examples, corruption):
-    """(N,D) -> weights (D,D+1) that best restore inputs of which a share is blanked, averaged over
-    all ways to blank them.  The last column is for a constant 1, which is never blanked."""
-    ones = torch.cat([examples, torch.ones_like(examples[:, :1])], 1)
-    kept = torch.full_like(ones[0], 1 - corruption)
-    kept[-1] = 1
-    scatter = ones.T @ ones
-    between = scatter * kept[:, None] * kept  # of two blanked inputs
-    between.diagonal().copy_(scatter.diagonal() * kept)
-    between.diagonal().add_(1e-5)
-    across = scatter[:-1] * kept  # of the clean input and a blanked one
-    return torch.cholesky_solve(across.T, torch.linalg.cholesky(between)).T
-
-
-def stacked_layers(train, others, layers, corruption):
-    """Yield (train (N,D), others (K,D)), first as they are, then after each layer of mSDA."""
-    yield train, others
-    for _ in range(layers):
-        weights = denoising_layer(train, corruption)
-        train, others = (torch.tanh(x @ weights[:, :-1].T + weights[:, -1])
-                         for x in (train, others))
-        yield train, others
-
-
-# ---- The support vector machine, by Newton's method on the squared hinge loss (Chapelle 2007) ----
-
-def fit_svm(kernel, signs, penalty, steps=50):
-    """Products (n,n) and signs (n,), 1 or -1 -> coefficients (n,): products with the n examples
-    times them are scores.  Minimises |w|^2 / 2 + penalty * sum of max(0, 1 - sign * score)^2."""
-    inside, coefficients = torch.ones_like(signs, dtype=torch.bool), torch.zeros_like(signs)
-    for _ in range(steps):
-        chosen = inside.nonzero().flatten()
-        system = kernel[chosen][:, chosen]
-        system.diagonal().add_(0.5 / penalty)
-        coefficients = torch.zeros_like(signs)
-        coefficients[chosen] = torch.linalg.solve(system, signs[chosen])
-        before, inside = inside, signs * (kernel @ coefficients) < 1
-        if torch.equal(before, inside) or not inside.any():
-            break
-    return coefficients
-
-
-def signs_of(scores):
-    return torch.where(scores >= 0, 1.0, -1.0).to(scores.dtype)
-
-
-def choose_svm(kernel, signs, source, target, held_out, penalties):
-    """Coefficients (n,) for the examples `source`, with the penalty of the lowest reverse risk."""
-    fits, risks = [], []
-    for penalty in penalties:
-        fits.append(fit_svm(kernel[source][:, source], signs[source], penalty))
-        own = signs_of(kernel[target][:, source] @ fits[-1])
-        back = fit_svm(kernel[target][:, target], own, penalty)
-        answers = signs_of(kernel[held_out][:, target] @ back)
-        risks.append(float((answers != signs[held_out]).double().mean()))
-    return fits[risks.index(min(risks))]
-
-
-def svm_a_distance(kernel, penalties, generator):
-    """2 (1 - 2 error) of an SVM that tells the first half of the examples, of one domain, from the
-    second, fitted on half of both and tested on the others; the penalty is chosen on a tenth of
-    what it is fitted on (official code [1]: on the test half)."""
-    count = len(kernel) // 2
-    signs = signs_of(torch.arange(2 * count) - count + 0.5).to(kernel)
-    parts = torch.randperm(count, generator=generator)
-    half, tenth = count // 2, max(1, count // 20)
-    first, held, test = parts[:half - tenth], parts[half - tenth:half], parts[half:]
-    first, held, test = (torch.cat([part, part + count]) for part in (first, held, test))
-
-    def error(fitted, tested, penalty):
-        coefficients = fit_svm(kernel[fitted][:, fitted], signs[fitted], penalty)
-        answers = signs_of(kernel[tested][:, fitted] @ coefficients)
-        return float((answers != signs[tested]).double().mean())
-    errors = [error(first, held, penalty) for penalty in penalties]
-    chosen = penalties[errors.index(min(errors))]
-    tested = error(torch.cat([first, held]), test, chosen)
-    return 2 * (1 - 2 * min(tested, 1 - tested))
 
 
 # ---- Evaluation ----
@@ -375,6 +324,61 @@ def reproduce(run):
     if rows := run.wants("moons/*"):
         run.record(rows, partial(measure_moons, run),
                    Epochs(config.moons_epochs, config.moons_points))
+
+
+# ---- The support vector machine, by Newton's method on the squared hinge loss (Chapelle 2007) ----
+
+def fit_svm(kernel, signs, penalty, steps=50):
+    """Products (n,n) and signs (n,), 1 or -1 -> coefficients (n,): products with the n examples
+    times them are scores.  Minimises |w|^2 / 2 + penalty * sum of max(0, 1 - sign * score)^2."""
+    inside, coefficients = torch.ones_like(signs, dtype=torch.bool), torch.zeros_like(signs)
+    for _ in range(steps):
+        chosen = inside.nonzero().flatten()
+        system = kernel[chosen][:, chosen]
+        system.diagonal().add_(0.5 / penalty)
+        coefficients = torch.zeros_like(signs)
+        coefficients[chosen] = torch.linalg.solve(system, signs[chosen])
+        before, inside = inside, signs * (kernel @ coefficients) < 1
+        if torch.equal(before, inside) or not inside.any():
+            break
+    return coefficients
+
+
+def signs_of(scores):
+    return torch.where(scores >= 0, 1.0, -1.0).to(scores.dtype)
+
+
+def choose_svm(kernel, signs, source, target, held_out, penalties):
+    """Coefficients (n,) for the examples `source`, with the penalty of the lowest reverse risk."""
+    fits, risks = [], []
+    for penalty in penalties:
+        fits.append(fit_svm(kernel[source][:, source], signs[source], penalty))
+        own = signs_of(kernel[target][:, source] @ fits[-1])
+        back = fit_svm(kernel[target][:, target], own, penalty)
+        answers = signs_of(kernel[held_out][:, target] @ back)
+        risks.append(float((answers != signs[held_out]).double().mean()))
+    return fits[risks.index(min(risks))]
+
+
+def svm_a_distance(kernel, penalties, generator):
+    """2 (1 - 2 error) of an SVM that tells the first half of the examples, of one domain, from the
+    second, fitted on half of both and tested on the others; the penalty is chosen on a tenth of
+    what it is fitted on (official code [1]: on the test half)."""
+    count = len(kernel) // 2
+    signs = signs_of(torch.arange(2 * count) - count + 0.5).to(kernel)
+    parts = torch.randperm(count, generator=generator)
+    half, tenth = count // 2, max(1, count // 20)
+    first, held, test = parts[:half - tenth], parts[half - tenth:half], parts[half:]
+    first, held, test = (torch.cat([part, part + count]) for part in (first, held, test))
+
+    def error(fitted, tested, penalty):
+        coefficients = fit_svm(kernel[fitted][:, fitted], signs[fitted], penalty)
+        answers = signs_of(kernel[tested][:, fitted] @ coefficients)
+        return float((answers != signs[tested]).double().mean())
+    errors = [error(first, held, penalty) for penalty in penalties]
+    chosen = penalties[errors.index(min(errors))]
+    tested = error(torch.cat([first, held]), test, chosen)
+    return 2 * (1 - 2 * min(tested, 1 - tested))
 
 
 # ---- Reviews ----

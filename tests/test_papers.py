@@ -47,6 +47,8 @@ def test_every_scale_resolves_to_a_config_and_known_rows(paper):
 ])
 def test_settings_that_no_run_can_have_are_named(paper, override, message):
     script, path = load(paper)
+    if override.partition("=")[0] not in {*vars(script.Config(0)), "no_such_setting"}:
+        pytest.skip("this paper has no such setting")
     with pytest.raises(records.InputError, match=message):
         trainer.read_settings(script.Config, path, "smoke", 0, [override])
 
