@@ -17,6 +17,22 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 
+TALLY = pytest.StashKey()  # {kind of fault: {what it got: how often}}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="try hundreds of faults, not a few")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The table of the faults tried, for results/NOTES.md."""
+    if tried := config.stash.get(TALLY, None):
+        terminalreporter.write_line("\n| kind of fault | tried | what each got |\n|---|---|---|")
+        for kind, outcomes in tried.items():
+            got = "; ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+            terminalreporter.write_line(f"| {kind} | {sum(outcomes.values())} | {got} |")
+
+
 def pytest_collection_modifyitems(items):
     """TESTS_PART=1/4: the second quarter of the tests, for processes that share them."""
     part, count = map(int, os.environ.get("TESTS_PART", "0/1").split("/"))
