@@ -39,10 +39,11 @@ from typing import Literal
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 
 from replicate import evaluate, trainer
 from replicate.launch import launch
+from replicate.outputs import save_image
 
 
 @dataclass
@@ -445,9 +446,9 @@ def reproduce(run):
         if run.wants(f"{name}/retrieval"):
             trained = network(run, data, name)
             measure = partial(retrieval, run, trained.model.encoder, data.train)
-            run.record(f"{name}/retrieval", measure, data.test, after=[trained])
-            if run.seed == 0 and all(run.value(f"{each}/retrieval") for each in NETWORKS):
+            if run.seed == 0 and all(run.value(f"{one}/retrieval") for one in {*NETWORKS} - {name}):
                 figures(run, data)
+            run.record(f"{name}/retrieval", measure, data.test, after=[trained])
     for row in run.wants("supervised", "supervised/labels*", "context/finetuned*"):
         if not evaluate.enough_labels(data.train.labels, row):
             run.record(row, None)  # leaves the row out
@@ -475,10 +476,9 @@ def figures(run, data):
         panels.append(make_grid(tiles, nrow=nearest.shape[1], padding=1, pad_value=1.0))
     grid = make_grid(panels, padding=6, pad_value=1.0)[None]
     filters = encoders[0].blocks[0][0].weight.detach().float().contiguous()
-    if run.rank == 0:
-        save_image(F.interpolate(grid, scale_factor=2), run.suite / f"{run.paper}_neighbours.png")
-        save_image(F.interpolate(filters, scale_factor=6), run.suite / f"{run.paper}_filters.png",
-                   nrow=16, normalize=True, scale_each=True)
+    save_image(F.interpolate(grid, scale_factor=2), run.suite / f"{run.paper}_neighbours.png")
+    save_image(F.interpolate(filters, scale_factor=6), run.suite / f"{run.paper}_filters.png",
+               nrow=16, normalize=True, scale_each=True)
 
 
 # ---- Parts that the method calls ----

@@ -34,10 +34,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import functional as transforms
-from torchvision.utils import save_image
 
 from replicate import evaluate, trainer
 from replicate.launch import launch
+from replicate.outputs import save_image
 
 
 @dataclass
@@ -461,10 +461,10 @@ def reproduce(run):
     for name in (*TRUNKS, "random"):  # the pretext task itself, and plain probes
         if run.wants(row := f"{name}/rotation-accuracy"):
             trained, (_, degrees) = network(run, data, name), TRUNKS[name]
+            if name == "rotnet4" and run.seed == run.rank == 0 and not run.plan:
+                figures(run, trained.model, data.test)
             run.record(row, partial(rotation_accuracy, run, trained.model, degrees), data.test,
                        after=[trained])
-            if name == "rotnet4" and run.seed == run.rank == 0 and run.value(row):
-                figures(run, trained.model, data.test)
         rows = {f"{name}/block{block}/{kind}": (block, kind)
                 for block in (1, 2, 3, 4) for kind in ("linear", "knn")}
         if rows := {row: rows[row] for row in run.wants(*rows)}:

@@ -39,10 +39,11 @@ from typing import Literal
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 
 from replicate import evaluate, trainer
 from replicate.launch import launch
+from replicate.outputs import save_image
 
 
 @dataclass
@@ -432,9 +433,9 @@ def reproduce(run):
         if rows := run.wants(f"{name}/puzzle-accuracy", f"{name}/cell-accuracy"):
             trained = network(run, data, name)
             measure = partial(puzzle_accuracy, run, trained.model, settings)
-            run.record(rows, measure, data.test, after=[trained])
-            if run.seed == 0 and name == "jigsaw" and run.value("jigsaw/puzzle-accuracy"):
+            if run.seed == 0 and "jigsaw/puzzle-accuracy" in rows and not run.plan:
                 figures(run, data)
+            run.record(rows, measure, data.test, after=[trained])
         if rows := run.wants(f"{name}/conv*"):
             trained = network(run, data, name)
             encoder = for_images(trained.model.encoder)

@@ -47,10 +47,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
-from torchvision.utils import save_image
 
 from replicate import evaluate, trainer
-from replicate.launch import launch, require_finite
+from replicate.launch import launch, require_finite, require_whole
+from replicate.outputs import save_image
 
 
 @dataclass
@@ -458,9 +458,9 @@ def reproduce(run):
         if rows := run.wants(*(f"{name}/{kind}" for kind in kinds)):
             trained = network(run, data, name)
             measure = functools.partial(measures, run, trained, arms.get(name, run.config), rows)
-            run.record(rows, measure, data.train, data.test, after=[trained])
-            if name == "swav" and run.seed == run.rank == 0 and run.value(rows[0]):
+            if name == "swav" and run.seed == run.rank == 0 and not run.plan:
                 figures(run, trained.model, data.test)
+            run.record(rows, measure, data.train, data.test, after=[trained])
         for row in (name, f"{name}/percent1", f"{name}/percent10"):
             if run.wants(row):
                 start = network(run, data, "random" if name == "supervised" else name)
@@ -716,6 +716,7 @@ def load_encoder(run, path, stem):
     Prefixes and heads are dropped.  The stem's pooling is not in the weights: it is that of `stem`,
     but networks with torchvision's or the authors' heads pool.
     """
+    require_whole(path)
     scalars = [argparse.Namespace, np._core.multiarray.scalar, np.dtype, type(np.dtype("f8"))]
     try:
         with torch.serialization.safe_globals(scalars):  # settings beside the weights do no harm

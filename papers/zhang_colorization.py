@@ -49,10 +49,11 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 
 from replicate import evaluate, outputs, trainer
-from replicate.launch import launch, pick_device, require_finite, tell
+from replicate.launch import launch, pick_device, require_finite, require_whole, tell
+from replicate.outputs import save_image
 
 
 @dataclass
@@ -499,6 +500,9 @@ def reproduce(run):
             trained = network(run, data, palette, name)
             colorizer = make_colorizer(run, data, palette, name, trained.model)
             measure = functools.partial(color_measures, name, colorizer, palette)
+            others = {f"{one}/auc-raw" for one in ("l2", "class", "full")} - {*rows}
+            if run.seed == run.rank == 0 and len(others) == 2 and all(map(run.value, others)):
+                figures(run, data, palette)
             run.record(rows, measure, data.test, after=[trained])
     for name in ("prior", "class", "full"):
         if run.wants(f"{name}/cross-entropy"):
@@ -529,9 +533,6 @@ def reproduce(run):
         measure = functools.partial(evaluate.class_accuracy, run, model,
                                     functools.partial(network_input, model=model.encoder))
         run.record(row, measure, data.test, after=trained)
-    shown = ("l2", "class", "full")
-    if run.seed == run.rank == 0 and all(run.value(f"{name}/auc-raw") for name in shown):
-        figures(run, data, palette)
 
 
 # ---- Figures ----
@@ -705,6 +706,7 @@ def add_options(parser):
 
 def load_colorizer(path, device):
     """(network, side in pixels that it was trained at) from a checkpoint of pretrain."""
+    require_whole(path)
     try:
         state = torch.load(path, map_location=device, weights_only=True)["model"]
         number, width, regression, side = state["architecture"].tolist()

@@ -24,7 +24,7 @@ from torchvision import datasets
 
 from replicate import embedded
 from replicate.files import decode, list_classes
-from replicate.records import ROOT, InputError, write_atomically
+from replicate.records import ROOT, InputError, tidy, write_atomically
 
 DOWNLOAD_SECONDS = 10     # how long a download host may be silent
 RESIDENT_SHARE = 0.25     # of the device's memory that a set may take to be kept there
@@ -312,6 +312,7 @@ def _alone(path):
         return
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        tidy(path.parent)
         yield
 
 

@@ -90,7 +90,8 @@ def suite_name(scale, config, own, overrides):
 def require_writable(folder, flag):
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{os.getpid()}.partial"
+        records.tidy(folder)
+        probe = records.temporary(folder / "probe")
         probe.write_bytes(b"0" * 4096)
         probe.unlink()
     except OSError as error:
@@ -156,6 +157,23 @@ def runs(script, Config, options, rows, always):
             run.say(f"seed {seed}: scale {options.scale} has none of these rows")
 
 
+def require_whole(path):
+    """InputError where a file that torch.save wrote does not agree with its checksums."""
+    if records.damaged_part(path):
+        raise InputError(f"{path} is damaged (its checksum does not fit): copy or download it "
+                         "again")
+
+
+def set_damaged_aside(run):
+    """Rename checkpoints that do not agree with their checksums, which torch.load never asks."""
+    for path in sorted(run.folder.glob("*.pt")):
+        if part := records.damaged_part(path):
+            aside = path.with_name(path.name + ".damaged")
+            run.say(f"warning: checkpoint {path} is damaged ({part}); set aside as {aside.name} "
+                    "and made anew")
+            path.replace(aside)
+
+
 @contextlib.contextmanager
 def locked(run):
     """Hold the lock of a run's checkpoints: the first rank does, and a plan needs none."""
@@ -171,6 +189,8 @@ def locked(run):
                                  "DIR") from None
             for checkpoint in run.folder.glob("*.pt") if run.force else ():
                 checkpoint.unlink()
+            records.tidy(run.folder, run.suite)
+            set_damaged_aside(run)
         if run.ranks > 1:
             dist.barrier()
         yield
@@ -183,6 +203,9 @@ def failure(error, run):
         return text
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
         return f"out of memory on {run.device}: lower batch_size or width with --set"
+    if "more than 1 value per channel" in text:
+        return (f"{run.fitting or run.paper}: a batch of one image cannot be normalised (its "
+                "variance is 0): --set batch_size=2 or more")
     lost = isinstance(error, dist.DistError) or re.search("by peer|Broken pipe|Timed out", text)
     if run.ranks > 1 and lost:
         return "another rank is gone: the same command goes on from the state saved last"
@@ -195,7 +218,7 @@ def attempt(run, reproduce):
         try:
             reproduce(run)
             return 2 if run.left_out else status
-        except (TrainingFailed, RuntimeError, MemoryError) as error:
+        except (TrainingFailed, RuntimeError, MemoryError, ValueError) as error:
             line, alone = failure(error, run), run.plan or run.ranks > 1 or not run.asked
             if not line:
                 raise

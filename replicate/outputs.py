@@ -1,11 +1,13 @@
-"""Picture files made from picture files: how they are read and written, and where they go."""
+"""Picture files that are made: a run's figures, and pictures made from picture files."""
 import io
+import os
 from pathlib import Path
 
+import torchvision.utils
 from PIL import Image, ImageOps
 
 from replicate.files import as_seen, opened, pictures_below
-from replicate.records import InputError, write_atomically
+from replicate.records import InputError, tidy, write_atomically
 
 CLEAR = (".png", ".tif", ".tiff", ".webp", ".avif", ".jp2")  # may hold transparency
 WRITTEN = (*CLEAR, ".jpg", ".jpeg", ".jpe", ".jfif", ".ppm", ".bmp")
@@ -43,6 +45,19 @@ def write(path, content):
                          "place") from None
 
 
+def save_image(tensor, path, **layout):
+    """torchvision's save_image as a PNG that is whole or not there, from the first rank only;
+    InputError where the disk does not take it.  layout: nrow, padding and the like.
+
+    Call it before the row that the figure belongs to is recorded: what is recorded is not done
+    again, and so a figure that could not be written would never be.
+    """
+    buffer = io.BytesIO()
+    if int(os.environ.get("RANK", 0)) == 0:
+        torchvision.utils.save_image(tensor, buffer, format="png", **layout)
+        write(Path(path), buffer.getbuffer())
+
+
 def pair(source, target):
     """{file to write: picture to read} for a picture or a folder of pictures and the file or folder
     that they go to.  Kinds that cannot be written become .png; no two get one name.  InputError
@@ -73,4 +88,5 @@ def pair(source, target):
         if not pairs:
             raise InputError(line)
         print(line, flush=True)
+    tidy(*{made.parent for made in pairs})
     return pairs

@@ -1,11 +1,14 @@
 """Run records, one JSON line for every finished row and seed, and what a paper's YAML declares."""
+import contextlib
 import fnmatch
 import hashlib
 import json
 import math
 import os
+import platform
 import re
 import subprocess
+import zipfile
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -193,10 +196,46 @@ def provenance(script):
 
 
 # Files
+def damaged_part(path):
+    """What part of a zip file, such as a checkpoint, does not agree with its checksum, or None;
+    None for a file of another format."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError):  # no zip file, or an odd one
+        return None
+
+
+def temporary(path):
+    """The name under which a file is written before it is renamed; it tells whose it is."""
+    return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.partial")
+
+
+def tidy(*folders):
+    """Remove what processes of this machine that were killed while they wrote have left under
+    temporary names."""
+    for path in (path for folder in folders for path in folder.glob("*.partial")):
+        with contextlib.suppress(OSError, ValueError):
+            name, number, _ = path.name.rsplit(".", 2)
+            if name.endswith(f".{platform.node()}") and not is_alive(int(number)):
+                path.unlink()
+
+
+def is_alive(process):
+    """Whether a process of this machine is running."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it is, as another user's
+    return True
+
+
 def write_atomically(path, content):
     """Write under a temporary name, fsync, rename: the file is whole or not there; else OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = temporary(path)
     try:
         with open(partial, "wb") as file:
             file.write(content)

@@ -266,3 +266,112 @@ def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(paper, tmp_path,
         if process.exitcode == 0:
             assert not differ(finals(folder), whole)
             shutil.rmtree(folder)
+
+
+# ---- Disks that are full or read-only ----
+
+class Full(io.FileIO):
+    """A file on a disk that takes half of what is written to it."""
+
+    def write(self, content):
+        super().write(bytes(content)[:len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+
+class Disk:
+    """Within this block, writing below a folder fails: at the `first` write, and at later ones too
+    where the fault stays.  kind: full at opening, full half-way, read-only, broken at syncing or at
+    renaming.  Counts the writes there were."""
+
+    KINDS = {"full": 28, "half": 28, "read-only": 30, "sync": 5, "rename": 28}
+
+    def __init__(self, folder, kind="full", first=1 << 30, stays=True):
+        self.folder, self.kind, self.first, self.stays = str(folder), kind, first, stays
+        self.writes, self.hit = 0, False
+
+    def fails(self, path, kinds):
+        if not os.path.abspath(os.fsdecode(path)).startswith(self.folder):
+            return False
+        self.writes += kinds[0] == "full"
+        here = self.kind in kinds and (self.writes >= self.first if self.stays
+                                       else self.writes == self.first)
+        self.hit |= here
+        return here
+
+    def error(self):
+        number = self.KINDS[self.kind]
+        return OSError(number, os.strerror(number))
+
+    def __enter__(self):
+        self.real = io.open, os.open, os.write, os.fsync, os.replace, os.rename, os.mkdir
+        open_, os_open, write, fsync, replace, rename, mkdir = self.real
+        names = {}  # descriptor -> path
+
+        def opened(file, mode="r", *more, **settings):
+            if isinstance(file, int) or not set(mode) & set("wax+"):
+                return open_(file, mode, *more, **settings)
+            if self.fails(file, ("full", "read-only")):
+                raise self.error()
+            if self.fails(file, ("half",)):
+                return Full(file, mode.replace("b", ""))
+            made = open_(file, mode, *more, **settings)
+            names[made.fileno()] = file
+            return made
+
+        def os_opened(path, flags, *more, **settings):
+            if flags & (os.O_WRONLY | os.O_RDWR) and self.fails(path, ("full", "read-only")):
+                raise self.error()
+            made = os_open(path, flags, *more, **settings)
+            names[made] = path
+            return made
+
+        def written(descriptor, content):
+            if self.fails(names.get(descriptor, "/"), ("half",)):
+                return write(descriptor, content[:len(content) // 2])
+            return write(descriptor, content)
+
+        def synced(descriptor):
+            if self.fails(names.get(descriptor, "/"), ("sync",)):
+                raise self.error()
+            return fsync(descriptor)
+
+        def renamed(source, target, *, real=replace, **settings):
+            if self.fails(target, ("rename",)):
+                raise self.error()
+            return real(source, target, **settings)
+
+        def made_folder(path, *more, **settings):
+            if not os.path.isdir(path) and self.fails(path, ("full", "read-only")):
+                raise self.error()
+            return mkdir(path, *more, **settings)
+
+        io.open = builtins.open = opened
+        os.open, os.write, os.fsync, os.mkdir = os_opened, written, synced, made_folder
+        os.replace = os.rename = renamed
+        return self
+
+    def __exit__(self, *_):
+        io.open, os.open, os.write, os.fsync, os.replace, os.rename, os.mkdir = self.real
+        builtins.open = io.open
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_a_disk_that_fails_at_any_write_costs_nothing(paper, tmp_path, undisturbed, share, tally):
+    """Records, checkpoints, tables, figures: the same command, on a sound disk, ends as ever."""
+    chance, whole = random.Random(f"disk {paper}"), finals(undisturbed(paper))
+    arguments = [*budget(paper), *in_folder(tmp_path / "run")]
+    with Disk(tmp_path) as sound:
+        assert call(paper, *arguments)[0] == 0
+    for attempt in range(share(1, 12)):
+        shutil.rmtree(tmp_path / "run")
+        kind, first = chance.choice([*Disk.KINDS]), chance.randrange(1, sound.writes + 1)
+        where = f"{kind} from write {first} of {sound.writes}"
+        with Disk(tmp_path, kind, first, stays := chance.random() < 0.7) as disk:
+            status, _, err = call(paper, *arguments)
+        assert not proper(status, err), f"{where}: {proper(status, err)}"
+        assert not disk.hit or status == 2 or "warning: " in err, f"{where}, {stays}: {err}"
+        outcome = "one line, exit 2" if status else "a warning" if disk.hit else "not met"
+        again, _, err = call(paper, *arguments)
+        assert again == 0 and not err, f"{where}, then {err}"
+        assert not differ(finals(tmp_path / "run"), whole), where
+        tally(f"disk {kind}", f"{outcome}; then as undisturbed")
