@@ -31,25 +31,21 @@ Run:  python -m papers.swav --scale small        (Imagenette, two CPU cores: 15 
 Result, small: swav/knn20 41.9 +- 1.3 against random/knn20 29.2 (n = 3); paper, full training: 65.7
 """
 import copy
-import dataclasses
-import functools
-import argparse
 import hashlib
-import io
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from replicate import evaluate, trainer
-from replicate.launch import launch, require_finite, require_whole
+from replicate import checkpoints, evaluate, trainer
+from replicate.launch import launch
 from replicate.outputs import save_image
 
 
@@ -69,13 +65,13 @@ class Config:
     grey: float = 0.2                   # official code: share of crops without colours
     blur: float = 0.0                   # ours: share of crops, paper 0.5
     test_size: int = 128                # ours: what probes see, paper 224
-    method: Literal["swav", "deepcluster", "simclr"] = "swav"   # what the row says
+    method: Literal["swav", "deepcluster", "simclr"] = "swav"   # set by `variants`, row by row
     prototypes: int = 300               # ours: K, 10 to 30 a class; paper 3000
     hidden: int = 2048                  # official code: of the projection
     temperature: float = 0.1            # official code: tau
     epsilon: float = 0.05               # official code: softness of the codes
     iterations: int = 3                 # official code: of Sinkhorn; 0: codes by softmax alone
-    freeze: float = 1.0                 # official code: epochs with prototypes as drawn
+    freeze: float = 1.0                 # official code: epochs in which prototypes stay as drawn
     queue: int = 0                      # official code: 3840 images where the batch is 256
     queue_start: float = 1.0            # ours: epochs; official code 15 of 200
     batch_size: int = 256               # ours: paper 4096
@@ -85,7 +81,7 @@ class Config:
     warmup: float = 0.05                # ours: share of the steps; paper 10 of 800 epochs
     momentum: float = 0.9               # official code
     weight_decay: float = 1e-6          # official code
-    patience: float = 2.0               # ours: epochs of collapse that end a run; 0: none do
+    patience: float = 2.0               # ours: epochs of collapse that end a run; 0: none ends it
     supervised_epochs: float = 40.0     # ours: with all labels, from scratch
     supervised_rate: float = 0.1        # ours: from scratch, any number of labels
     label_batch: int = 64               # ours: paper 256
@@ -123,36 +119,38 @@ class Config:
 def multi_crop(images, sizes, counts, scales, generator):
     """(N,C,H,W) float -> list of counts[0] crops (N,C,sizes[0],sizes[0]), counts[1] of sizes[1] ...
 
-    scales: least and largest share of the image's area for each size.  Every crop of every image
-    has a box of its own, of aspect ratio 3/4 to 4/3; half of the crops are mirrored.
+    A crop shows a random box, another of each image: `scales` holds the least and largest share of
+    the image's area for each size, its width is 3/4 to 4/3 of its height; half are mirrored.
     """
     crops, device = [], images.device
     for size, count, (low, high) in zip(sizes, counts, scales):
-        pixels = (torch.arange(size, device=device) + 0.5) / size - 0.5  # in sides of the box
+        pixels = (torch.arange(size, device=device) + 0.5) / size - 0.5  # from the box's centre
         for _ in range(count):
-            area, shape, *place = torch.rand(4, len(images), generator=generator, device=device)
+            area, aspect, x, y = torch.rand(4, len(images), generator=generator, device=device)
             mirror = torch.rand(len(images), generator=generator, device=device) < 0.5
-            area, ratio = low + (high - low) * area, torch.exp((2 * shape - 1) * math.log(4 / 3))
-            sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], 1).clamp_max(1)
-            centres = sides / 2 + torch.stack(place, 1) * (1 - sides)  # (N, 2), x and y in 0..1
-            sides[:, 0] = torch.where(mirror, -sides[:, 0], sides[:, 0])
-            x, y = (2 * (centres + pixels[:, None, None] * sides) - 1).permute(2, 1, 0)  # (N, size)
-            x, y = x[:, None].expand(-1, size, -1), y[..., None].expand(-1, -1, size)
-            crops.append(F.grid_sample(images, torch.stack([x, y], 3), padding_mode="border",
-                                       align_corners=False))
+            area, aspect = low + (high - low) * area, torch.exp((2 * aspect - 1) * math.log(4 / 3))
+            width, height = (area * aspect).sqrt().clamp_max(1), (area / aspect).sqrt().clamp_max(1)
+            x, y = width / 2 + x * (1 - width), height / 2 + y * (1 - height)  # the box's centre
+            width = torch.where(mirror, -width, width)
+            columns = 2 * (x[:, None] + width[:, None] * pixels) - 1  # (N, size), -1 to 1
+            rows = 2 * (y[:, None] + height[:, None] * pixels) - 1
+            grid = torch.stack([columns[:, None, :].expand(-1, size, -1),
+                                rows[:, :, None].expand(-1, -1, size)], 3)  # (N, size, size, 2)
+            crops.append(F.grid_sample(images, grid, padding_mode="border", align_corners=False))
     return crops
 
 
 def make_views(images, generator, config):
-    """(N,3,H,W) uint8 -> list of sum(crop_counts) crops, augmented, the first size first."""
-    scales, views = zip(config.crop_scales[::2], config.crop_scales[1::2]), []
-    sizes, counts = config.crop_sizes, config.crop_counts
+    """(N,3,H,W) uint8 -> list of sum(crop_counts) crops, augmented, the large ones first."""
+    sizes, counts, views = config.crop_sizes, config.crop_counts, []
+    scales = zip(config.crop_scales[::2], config.crop_scales[1::2])
     crops = multi_crop(images.float() / 255, sizes, counts, scales, generator)
-    for count in counts:  # those of one size together
-        same = torch.cat(crops[len(views):len(views) + count])
-        same = distort_colors(same, config.jitter, config.grey, generator)
-        same = blur(same, config.blur, generator) if config.blur else same
-        views += normalize(same).chunk(count)
+    for count in counts:  # crops of one size are augmented together
+        batch, crops = torch.cat(crops[:count]), crops[count:]
+        batch = distort_colors(batch, config.jitter, config.grey, generator)
+        if config.blur:
+            batch = blur(batch, config.blur, generator)
+        views += normalize(batch).chunk(count)
     return views
 
 
@@ -160,8 +158,8 @@ def make_views(images, generator, config):
 def sinkhorn(scores, epsilon=0.05, iterations=3):
     """Scores (B,K) -> codes (B,K): each row sums to 1, each prototype gets about B/K (Sec. 3.1).
 
-    Of exp(scores / epsilon) the sums of all prototypes are made equal, then those of all samples,
-    `iterations` times; on logarithms, so that nothing overflows.
+    Starting from exp(scores / epsilon), each iteration scales the columns to equal sums, so that
+    all prototypes are used alike, then the rows to 1; on logarithms, so that nothing overflows.
     """
     log_codes = scores.float() / epsilon
     for _ in range(iterations):
@@ -172,9 +170,11 @@ def sinkhorn(scores, epsilon=0.05, iterations=3):
 
 
 def swapped_prediction_loss(scores, codes, temperature=0.1):
-    """Mean cross-entropy of softmax(scores[v] / temperature) against codes[i] over v != i (Eq. 2).
+    """Every view predicts the codes of the other views: the mean, over all v != i, of the
+    cross-entropy of softmax(scores[v] / temperature) against codes[i] (Eq. 2).
 
-    scores: list of (B,K) of all views; codes: list of (B,K) of the first views, taken as constants.
+    scores: list of (B,K), one of each view; codes: list of (B,K), one of each of the first views.
+    No gradient flows through the codes.
     """
     log_p = [(each / temperature).log_softmax(1) for each in scores]
     losses = [-(code.detach() * log_p[v]).sum(1).mean()
@@ -185,44 +185,11 @@ def swapped_prediction_loss(scores, codes, temperature=0.1):
 # ---- Network ----
 
 DIMENSION = 128  # of z (official code)
-RESNETS = {"resnet10": (BasicBlock, [1, 1, 1, 1]), "resnet18": (BasicBlock, [2, 2, 2, 2]),
-           "resnet50": (Bottleneck, [3, 4, 6, 3])}
-
-
-class Encoder(ResNet):
-    """torchvision's ResNet without its last layer: (N,3,H,W) -> (N,channels).  The stem "no-pool"
-    has no max-pooling; "cifar" has a 3 x 3 convolution of stride 1 as well."""
-
-    def __init__(self, network="resnet18", width=1.0, stem="imagenet"):
-        self.width = width
-        super().__init__(*RESNETS[network])
-        kernel, stride = (3, 1) if stem == "cifar" else (7, 2)
-        self.conv1 = nn.Conv2d(3, self.scaled(64), kernel, stride, kernel // 2, bias=False)
-        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.bn1, self.channels = nn.BatchNorm2d(self.scaled(64)), self.inplanes
-        self.maxpool = self.maxpool if stem == "imagenet" else nn.Identity()
-        del self.avgpool, self.fc
-
-    def scaled(self, channels):
-        return max(4, round(channels * self.width))
-
-    def _make_layer(self, block, planes, *rest, **options):
-        self.inplanes = self.scaled(64) if planes == 64 else self.inplanes
-        return super()._make_layer(block, self.scaled(planes), *rest, **options)
-
-    def maps(self, images):
-        """[feature map of layer1, ..., of layer4]"""
-        maps = [self.maxpool(self.relu(self.bn1(self.conv1(images))))]
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            maps.append(layer(maps[-1]))
-        return maps[1:]
-
-    def forward(self, images):
-        return self.maps(images)[-1].float().mean((2, 3))
 
 
 class ClusteringNetwork(nn.Module):
-    """Encoder, projection to unit vectors z, prototypes, and the queue if there is one."""
+    """A ResNet (`Encoder`), a projection of its features to unit vectors z (B,D), and what the
+    method keeps: prototypes and a queue (swav), z of all images and centroids (deepcluster)."""
 
     def __init__(self, config, images=0):
         super().__init__()
@@ -239,7 +206,7 @@ class ClusteringNetwork(nn.Module):
         if config.method == "deepcluster":
             self.register_buffer("memory", torch.zeros(2, images, DIMENSION))
             self.register_buffer("centroids", torch.zeros(HEADS, config.prototypes, DIMENSION))
-        self.register_buffer("watched", torch.zeros(2))  # of `observe`
+        self.register_buffer("watched", torch.zeros(2))  # sums that stop_at_collapse keeps
 
     @torch.no_grad()
     def normalize_prototypes(self):
@@ -258,45 +225,53 @@ class ClusteringNetwork(nn.Module):
         return self([images])[0]
 
     def score(self, z):
+        """z (B,D) -> its cosines with the prototypes (B,K)."""
         return F.linear(z, F.normalize(self.prototypes.weight.detach(), dim=1))
 
 
 # ---- Objective ----
 
-def swav_loss(model, embeddings, config, learned=True, queued=True):
-    """List of z (B,D) of the views -> loss, list of scores (B,K).
+def swav_loss(model, embeddings, config, train_prototypes=True, fill_queue=True):
+    """z (B,D) of every view -> loss, scores (B,K) of every view.
 
-    Prototypes that are not learned yet get no gradient, so that the optimiser leaves them alone.
+    Prototypes that are not trained yet get no gradient, so that the optimiser leaves them alone.
     """
-    if learned:
+    if train_prototypes:
         model.normalize_prototypes()
-    prototypes = model.prototypes.weight if learned else model.prototypes.weight.detach()
-    scores, codes = [F.linear(z, prototypes) for z in embeddings], []  # (B, K)
+    weight = model.prototypes.weight
+    prototypes = weight if train_prototypes else weight.detach()
+    scores = [F.linear(z, prototypes) for z in embeddings]  # (B, K)
     rank, ranks = trainer.rank_and_ranks()
+    codes = []
     with torch.no_grad():
-        for view in range(2):  # the large crops
-            past = model.queue.read(view) if model.queue else embeddings[view][:0]
-            rows = [F.linear(past, prototypes), trainer.rows_of_all_ranks(scores[view])]
-            code = sinkhorn(torch.cat(rows), config.epsilon, config.iterations)
-            codes.append(code[len(past):].chunk(ranks)[rank])
-        if model.queue and queued:
+        for view in (0, 1):  # of the large crops, together with earlier batches in the queue
+            present = trainer.rows_of_all_ranks(scores[view])
+            past = F.linear(model.queue.read(view), prototypes) if model.queue else present[:0]
+            code = sinkhorn(torch.cat([past, present]), config.epsilon, config.iterations)
+            codes.append(code[len(past):].chunk(ranks)[rank])  # of this rank's part of the batch
+        if model.queue and fill_queue:
             model.queue.push(torch.stack([trainer.rows_of_all_ranks(z) for z in embeddings[:2]]))
     return swapped_prediction_loss(scores, codes, config.temperature), scores
+
+
+def make_optimizer(config, model):
+    """LARS or SGD; run.fit sets the learning rate at every step."""
+    optimizer = LARS if config.optimizer == "lars" else torch.optim.SGD
+    return optimizer(model.parameters(), momentum=config.momentum,
+                     weight_decay=config.weight_decay)
 
 
 # ---- Pre-training ----
 
 def pretrain(run, data, config, name):
-    """-> Trained ClusteringNetwork; config is that of one of the variants."""
-    split = copy.copy(data.unlabeled)
-    split.labels = torch.arange(len(split), device=split.labels.device)  # numbers, not classes
+    """-> Trained ClusteringNetwork.  config: that of one of the `variants`."""
+    split = copy.copy(data.unlabeled)  # with the images' numbers, not their classes, as labels
+    split.labels = torch.arange(len(split), device=split.labels.device)
     epoch = len(split) / config.batch_size  # in steps
     steps = trainer.steps_in(config, config.pretext_epochs, split)
     freeze, queue_start = round(config.freeze * epoch), round(config.queue_start * epoch)
     settled = max(freeze, round(config.warmup * steps))
-    window = max(1, round(config.patience * epoch))
-    model, chance = run.build(ClusteringNetwork, config, len(split)), chance_loss(config)
-    optimizer = LARS if config.optimizer == "lars" else torch.optim.SGD
+    model = run.build(ClusteringNetwork, config, len(split))
 
     def loss(batch, step):
         images, numbers = batch
@@ -311,104 +286,24 @@ def pretrain(run, data, config, name):
                 value, scores = deepcluster_loss(model, z, numbers, config.temperature)
             else:
                 value, scores = simclr_loss(z, config.temperature), []
-        return observe(model, config, name, value, scores, step - settled, window)
+        scalars = log_of_step(value, scores)
+        if config.patience and step >= settled:
+            window = max(WATCHED_STEPS, round(config.patience * epoch))
+            stop_at_collapse(model, config, name, scalars, step - settled + 1, window)
+        return scalars
 
-    trained = run.fit(
-        name, model, loss, run.shuffled(split, config.batch_size, "pretext"), steps=steps,
-        optimizer=optimizer(model.parameters(), config.pretext_rate, config.momentum,
-                            weight_decay=config.weight_decay),
-        rate=warmed_cosine(config.pretext_rate, config.warmup), chance=chance)
+    chance = chance_loss(config)
+    trained = run.fit(name, model, loss, run.shuffled(split, config.batch_size, "pretext"),
+                      steps=steps, optimizer=make_optimizer(config, model), chance=chance,
+                      rate=warmed_cosine(config.pretext_rate, config.warmup))
     trained.curves["ln K"] = [[step, round(chance, 4)] for step, _ in trained.curves["loss"]]
     return trained
 
 
 # ---- Evaluation ----
 
-def features(run, module, network, config, train, *splits):
-    """network(whole images) (N,D) of the splits; the module gets batch-norm statistics of train."""
-    def encode(images):
-        with run.autocast():
-            return network(see(images, config))
-
-    def encode_share(images):  # each rank a part, put together by batch-norm
-        count = len(images) // run.ranks
-        return encode(images[run.rank * count:(run.rank + 1) * count])
-
-    if run.ranks > 1:
-        trainer.synchronize_batch_norm(module, run.device)
-    evaluate.recalibrate(module, encode_share, train)
-    return [evaluate.extract_features(encode, split) for split in splits]
-
-
-def measures(run, trained, config, rows, train, test):
-    """{row: value}.  knn<k>, linear: accuracy on the averaged last feature map; final loss, and use
-    (entropy of how often each prototype is the nearest): percent of ln K; spread of z: percent of
-    that of vectors spread over the sphere evenly."""
-    model, values = copy.deepcopy(trained.model), {}
-    kinds = {row.split("/")[-1]: row for row in rows}
-    if kinds.keys() - {"loss", "use", "spread"}:
-        train_x, test_x = features(run, model.encoder, model.encoder, config, train, train, test)
-        probed = train_x, train.labels, test_x, test.labels
-    if kinds.keys() & {"use", "spread"}:
-        (z,) = features(run, model, model.embed, config, train, test)
-    for kind, row in kinds.items():
-        if kind == "loss":
-            values[row] = 100 * trained.curves["loss"][-1][1] / chance_loss(config)
-        elif kind == "use":
-            values[row] = 100 * float(use_of_prototypes(model.score(z))[0]) / chance_loss(config)
-        elif kind == "spread":
-            values[row] = 100 * math.sqrt(DIMENSION) * float(z.std(0).mean())
-        elif kind == "linear":
-            values[row] = evaluate.linear_probe(*probed, seed=run.seed)
-        else:
-            values[row] = evaluate.knn_accuracy(*probed, k=int(kind.removeprefix("knn")))
-    return values
-
-
-def share_of_labels(labels, share, seed):
-    """Indices of a share of every class, at least one of each, drawn by the seed."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=generator).to(labels.device)
-    members = [order[labels[order] == label] for label in labels.unique()]
-    return torch.cat([each[:max(1, round(share * len(each)))] for each in members]).sort().values
-
-
-def labelled_crop(images, generator, size):
-    return normalize(multi_crop(images.float() / 255, (size,), (1,), [(0.08, 1.0)], generator)[0])
-
-
-def classify(run, data, row, encoder):
-    """-> Trained classifier: a copy of the encoder and a linear layer, on the row's labels."""
-    config, train, (name, _, kind) = run.config, data.train, row.partition("/")
-    epochs, rate, factor = config.supervised_epochs, config.supervised_rate, 1.0
-    if kind:
-        place = ("percent1", "percent10").index(kind)
-        train = train.take(share_of_labels(train.labels, (0.01, 0.1)[place], run.seed))
-        epochs = config.label_passes[place]
-        if name != "supervised":
-            rate, factor = config.label_rates[place], config.head_factors[place]
-    model = evaluate.Classifier(copy.deepcopy(encoder), data.classes).train()
-    model = model.to(run.device, memory_format=torch.channels_last)
-
-    def loss(batch, step):
-        images, labels = batch
-        size = config.crop_sizes[0]
-        images = run.augment(labelled_crop, images, f"{row}/augment", step, size=size)
-        scores = model(images.contiguous(memory_format=torch.channels_last)).float()
-        return {"loss": F.cross_entropy(scores, labels)}
-
-    groups = [{"params": model.encoder.parameters()},
-              {"params": model.linear.parameters(), "scale": factor}]
-    return run.fit(
-        row, model, loss, run.shuffled(train, config.label_batch, row),
-        steps=trainer.steps_in(config, epochs, train, config.label_batch),
-        chance=math.log(data.classes),
-        optimizer=torch.optim.SGD(groups, rate, config.momentum, weight_decay=config.label_decay),
-        rate=trainer.cosine(rate, config.warmup))
-
-
 def variants(config):
-    """{name: settings} of everything that is pre-trained."""
+    """{name: Config} of everything that is pre-trained; `name` is how its rows begin."""
     large = config.crop_sizes[0]
     pixels = sum(count * size ** 2 for size, count in zip(config.crop_sizes, config.crop_counts))
     batch = max(config.shards, config.batch_size // 4, 2)
@@ -424,20 +319,113 @@ def variants(config):
         "ablation/no-equipartition": {"iterations": 0, "patience": 0.0},
         "ablation/small-batch": {**small, "queue": 0},
         "ablation/small-batch-queue": {**small, "queue": 15 * batch}}
-    return {name: dataclasses.replace(config, **{"method": "swav", **change})
+    return {name: replace(config, **{"method": "swav", **change})
             for name, change in changes.items()}
 
 
 def network(run, data, name):
-    """-> Trained module with an .encoder: a variant, "random", "supervised" or "checkpoint"."""
-    config, arms = run.config, variants(run.config)
-    if name in arms:
-        return pretrain(run, data, arms[name], name)
+    """-> Trained, whose model has an encoder: a variant, or one of the controls."""
+    config = run.config
+    if name in variants(config):
+        return pretrain(run, data, variants(config)[name], name)
     if name == "checkpoint":
         encoder = load_encoder(run, config.checkpoint, config.stem)
         return trainer.Trained(evaluate.Classifier(encoder, data.classes))
-    untrained = trainer.Trained(run.build(ClusteringNetwork, arms["swav"]))
+    untrained = trainer.Trained(run.build(ClusteringNetwork, variants(config)["swav"]))
     return untrained if name == "random" else classify(run, data, name, untrained.model.encoder)
+
+
+def whole_images(images, config):
+    """(N,3,S,S) uint8 -> what networks see at test: no crops, test_size pixels a side."""
+    images, size = images.float() / 255, (config.test_size, config.test_size)
+    if images.shape[-2:] != size:
+        images = F.interpolate(images, size, mode="bilinear", antialias=True)
+    return normalize(images).contiguous(memory_format=torch.channels_last)
+
+
+def features(run, model, encode, config, train, *splits):
+    """encode(whole images), (N,D), of each split, after the model, to which `encode` belongs, has
+    got batch-norm statistics of whole images of train."""
+    def encode_whole(images):
+        with run.autocast():
+            return encode(whole_images(images, config))
+
+    def encode_share(images):  # each rank takes a part, and batch-norm puts them together
+        count = len(images) // run.ranks
+        return encode_whole(images[run.rank * count:(run.rank + 1) * count])
+
+    if run.ranks > 1:
+        trainer.synchronize_batch_norm(model, run.device)
+    evaluate.recalibrate(model, encode_share, train)
+    return [evaluate.extract_features(encode_whole, split) for split in splits]
+
+
+def measures(run, trained, config, rows, train, test):
+    """{row: value} of rows <network>/<measure>.  The measures: knn<k> and linear, accuracies on
+    the averaged last feature map; loss, at the end of training, and use, the entropy of how often
+    each prototype is the nearest, in percent of ln K; spread, the standard deviation of z in
+    percent of that of vectors spread evenly over the sphere."""
+    model, values = copy.deepcopy(trained.model), {}
+    rows = {row.split("/")[-1]: row for row in rows}
+    if rows.keys() - {"loss", "use", "spread"}:
+        train_x, test_x = features(run, model.encoder, model.encoder, config, train, train, test)
+        probed = train_x, train.labels, test_x, test.labels
+    if rows.keys() & {"use", "spread"}:
+        (z,) = features(run, model, model.embed, config, train, test)
+    for measure, row in rows.items():
+        if measure == "loss":
+            values[row] = 100 * trained.curves["loss"][-1][1] / chance_loss(config)
+        elif measure == "use":
+            values[row] = 100 * float(use_of_prototypes(model.score(z))[0]) / chance_loss(config)
+        elif measure == "spread":
+            values[row] = 100 * math.sqrt(DIMENSION) * float(z.std(0).mean())
+        elif measure == "linear":
+            values[row] = evaluate.linear_probe(*probed, seed=run.seed)
+        else:
+            values[row] = evaluate.knn_accuracy(*probed, k=int(measure.removeprefix("knn")))
+    return values
+
+
+def share_of_labels(labels, share, seed):
+    """Indices of a share of every class, at least one of each, drawn by the seed."""
+    order = evaluate.shuffled_indices(labels, seed)
+    members = [order[labels[order] == label] for label in labels.unique()]
+    return torch.cat([each[:max(1, round(share * len(each)))] for each in members]).sort().values
+
+
+def labelled_crop(images, generator, size):
+    return normalize(multi_crop(images.float() / 255, (size,), (1,), [(0.08, 1.0)], generator)[0])
+
+
+def classify(run, data, row, encoder):
+    """-> Trained: a copy of the encoder and a linear layer, on the labels that a row names: all of
+    them, or of <network>/percent<number> a share.  Images are augmented by cropping alone."""
+    config, train, (name, _, percent) = run.config, data.train, row.partition("/percent")
+    epochs, rate, head_factor = config.supervised_epochs, config.supervised_rate, 1.0
+    if percent:
+        train = train.take(share_of_labels(train.labels, int(percent) / 100, run.seed))
+        place = ("1", "10").index(percent)
+        epochs = config.label_passes[place]
+        if name != "supervised":
+            rate, head_factor = config.label_rates[place], config.head_factors[place]
+    model = evaluate.Classifier(copy.deepcopy(encoder), data.classes).train()
+    model = model.to(run.device, memory_format=torch.channels_last)
+
+    def loss(batch, step):
+        images, labels = batch
+        images = run.augment(labelled_crop, images, f"{row}/augment", step,
+                             size=config.crop_sizes[0])
+        scores = model(images.contiguous(memory_format=torch.channels_last))
+        return {"loss": F.cross_entropy(scores.float(), labels)}
+
+    groups = [{"params": model.encoder.parameters()},
+              {"params": model.linear.parameters(), "scale": head_factor}]  # run.fit reads "scale"
+    return run.fit(
+        row, model, loss, run.shuffled(train, config.label_batch, row),
+        steps=trainer.steps_in(config, epochs, train, config.label_batch),
+        chance=math.log(data.classes),
+        optimizer=torch.optim.SGD(groups, rate, config.momentum, weight_decay=config.label_decay),
+        rate=trainer.cosine(rate, config.warmup))
 
 
 def load(run):
@@ -451,97 +439,189 @@ def load(run):
 
 
 def reproduce(run):
-    """Everything of one seed.  What was trained before is read from its checkpoint."""
+    """Every row of one seed; what several rows share is trained once, then read from its file."""
     data, arms = load(run), variants(run.config)
-    for name in dict.fromkeys(["swav", "random", "supervised", *arms, "checkpoint"]):
-        kinds = ("knn20", "knn200", "linear", "loss", "use", "spread")
-        if rows := run.wants(*(f"{name}/{kind}" for kind in kinds)):
+    for name in dict.fromkeys(["swav", "random", "supervised", *arms, "checkpoint"]):  # each once
+        measured = ("knn20", "knn200", "linear", "loss", "use", "spread")
+        if rows := run.wants(*(f"{name}/{measure}" for measure in measured)):
             trained = network(run, data, name)
-            measure = functools.partial(measures, run, trained, arms.get(name, run.config), rows)
+            measure = partial(measures, run, trained, arms.get(name, run.config), rows)
             if name == "swav" and run.seed == run.rank == 0 and not run.plan:
                 figures(run, trained.model, data.test)
             run.record(rows, measure, data.train, data.test, after=[trained])
         for row in (name, f"{name}/percent1", f"{name}/percent10"):
             if run.wants(row):
                 start = network(run, data, "random" if name == "supervised" else name)
-                trained = classify(run, data, row, start.model.encoder)
-                measure = functools.partial(evaluate.class_accuracy, run, trained.model,
-                                            functools.partial(see, config=run.config))
-                run.record(row, measure, data.test, after=[start, trained])
+                final = classify(run, data, row, start.model.encoder)
+                measure = partial(evaluate.class_accuracy, run, final.model,
+                                  partial(whole_images, config=run.config))
+                run.record(row, measure, data.test, after=[start, final])
+
+
+# ---- Collapse: all images in one place ----
+
+WATCHED_STEPS = 200  # at least so many make a verdict, however few images there are
+
+
+def chance_loss(config):
+    """ln K, or for SimCLR that of picking one of all candidates."""
+    candidates = 1 + 2 * (config.batch_size - 1)
+    return math.log(candidates if config.method == "simclr" else config.prototypes)
 
 
 @torch.no_grad()
+def use_of_prototypes(scores):
+    """Scores (N,K) -> entropy in nats, and largest, of the shares that each prototype is nearest to
+    (all ranks' scores count)."""
+    nearest = trainer.rows_of_all_ranks(scores.argmax(1))
+    counts = torch.zeros(scores.shape[1], device=scores.device)
+    share = counts.index_add_(0, nearest, torch.ones(len(nearest), device=scores.device))
+    share = share / share.sum()
+    return -torch.special.xlogy(share, share).sum(), share.max()
+
+
+def log_of_step(loss, scores):
+    """{"loss", "entropy", "largest"} for run.fit.  The loss has the value of all ranks' mean and
+    the gradient of this rank's own; scores: (B,K) of each view, or [] without prototypes."""
+    mean = trainer.over_ranks(loss.detach().clone()) / trainer.rank_and_ranks()[1]
+    scalars = {"loss": loss + (mean - loss.detach())}
+    if scores:
+        scalars["entropy"], scalars["largest"] = use_of_prototypes(torch.cat(scores[:2]))
+    return scalars
+
+
+@torch.no_grad()
+def stop_at_collapse(model, config, name, scalars, steps, window):
+    """Raise TrainingFailed where over a window of steps the loss lies within half a percent of
+    chance on average, or one prototype takes 90 % of the crops.  steps: since the beginning."""
+    largest = scalars.get("largest", torch.zeros_like(scalars["loss"]))
+    model.watched += torch.stack([scalars["loss"].detach(), largest])
+    if steps % window:
+        return
+    (loss, largest), chance = (model.watched / window).tolist(), chance_loss(config)  # waits
+    model.watched.zero_()
+    if abs(loss / chance - 1) < 0.005 or largest > 0.9:
+        advice = f"pretext_rate={config.pretext_rate / 4:g}"
+        if config.method == "swav" and config.epsilon > 0.05:
+            advice = f"epsilon=0.05 (now {config.epsilon:g})"
+        elif config.method == "swav" and config.iterations < 3:
+            advice = f"iterations=3 (now {config.iterations})"
+        raise trainer.TrainingFailed(
+            f"{name} collapsed: over {window} steps the loss was {loss:.3f} (chance {chance:.3f}) "
+            f"and one prototype took {100 * largest:.0f} % of the crops; --set {advice}, or --set "
+            "patience=0 to go on all the same")
+
+
+# ---- Figures ----
+
+@torch.no_grad()
 def figures(run, model, test):
-    """The eight test images nearest to each of 16 prototypes; how often each prototype is nearest
-    (red: if all were alike)."""
+    """The eight test images nearest to each of 16 prototypes; bars that show how often each
+    prototype is the nearest (red: if all were alike)."""
+    model, see = model.eval(), partial(whole_images, config=run.config)
     with run.autocast():
-        z = [model.eval().embed(see(images, run.config)) for images, _ in evaluate.in_order(test)]
+        z = [model.embed(see(images)) for images, _ in evaluate.in_order(test)]
     scores = model.score(torch.cat(z))
     counts = scores.argmax(1).bincount(minlength=scores.shape[1]).cpu()
-    spread = torch.linspace(0, len(counts) - 1, 16).long()
-    chosen = counts.argsort(descending=True, stable=True)[spread].to(scores.device)
+    ranking = counts.argsort(descending=True, stable=True)
+    chosen = ranking[torch.linspace(0, len(counts) - 1, 16).long()].to(scores.device)
     nearest = scores[:, chosen].topk(min(8, len(scores)), 0).indices.T  # (16, 8)
     images, _ = next(test.batches([nearest.flatten().cpu()]))
     save_image(images.float() / 255, run.suite / f"{run.paper}_nearest.png", nrow=nearest.shape[1])
-    bars = counts.sort(descending=True).values.float().repeat_interleave(max(1, 600 // len(counts)))
-    inside = torch.arange(200, 0, -1)[:, None] / 200 * float(bars.max()) <= bars
+    bars = counts[ranking].float().repeat_interleave(max(1, 600 // len(counts)))
+    inside = torch.arange(200, 0, -1)[:, None] / 200 * float(bars.max()) <= bars  # (200, width)
     picture = torch.where(inside, 0.4, 1.0).expand(3, -1, -1).clone()
     picture[1:, round(199 * (1 - float(counts.float().mean()) / float(bars.max())))] = 0  # red
     save_image(picture, run.suite / f"{run.paper}_use_of_prototypes.png")
 
 
-# ---- Parts from other papers, and the queue for small batches ----
+# ---- Parts that the method calls ----
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of each channel
-LUMA = (0.299, 0.587, 0.114)
+LUMA = (0.299, 0.587, 0.114)  # shares of red, green and blue in a grey
+RESNETS = {"resnet10": (BasicBlock, [1, 1, 1, 1]), "resnet18": (BasicBlock, [2, 2, 2, 2]),
+           "resnet50": (Bottleneck, [3, 4, 6, 3])}
 
 
-def see(images, config):
-    """Whole images (N,3,S,S) uint8 as the probes see them."""
-    images, size = images.float() / 255, (config.test_size, config.test_size)
-    if images.shape[-2:] != size:
-        images = F.interpolate(images, size, mode="bilinear", antialias=True)
-    return normalize(images).contiguous(memory_format=torch.channels_last)
+class Encoder(ResNet):
+    """torchvision's ResNet, its channels times `width`, without its last layer: (N,3,H,W) ->
+    (N,channels).  The stem "no-pool" lacks torchvision's max-pooling; "cifar" begins with a 3 x 3
+    convolution of stride 1 as well."""
+
+    def __init__(self, network="resnet18", width=1.0, stem="imagenet"):
+        self.width = width
+        super().__init__(*RESNETS[network])
+        kernel, stride = (3, 1) if stem == "cifar" else (7, 2)
+        self.conv1 = nn.Conv2d(3, self.scaled(64), kernel, stride, kernel // 2, bias=False)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.bn1 = nn.BatchNorm2d(self.scaled(64))
+        self.maxpool = self.maxpool if stem == "imagenet" else nn.Identity()
+        self.channels = self.inplanes  # torchvision counts there what the last layer put out
+        del self.avgpool, self.fc
+
+    def scaled(self, channels):
+        return max(4, round(channels * self.width))
+
+    def _make_layer(self, block, planes, *rest, **options):
+        """torchvision's constructor calls this for each of the four layers, 64 channels first."""
+        if planes == 64:
+            self.inplanes = self.scaled(64)
+        return super()._make_layer(block, self.scaled(planes), *rest, **options)
+
+    def maps(self, images):
+        """[feature map of layer1, ..., of layer4]"""
+        maps = [self.maxpool(self.relu(self.bn1(self.conv1(images))))]
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            maps.append(layer(maps[-1]))
+        return maps[1:]
+
+    def forward(self, images):
+        return self.maps(images)[-1].float().mean((2, 3))
 
 
 def distort_colors(images, strength, grey, generator):
     """(N,3,H,W) in 0..1 -> the same, as in SimCLR: four in five images get another brightness,
-    contrast, saturation and hue, a share `grey` loses its colours; one affine map an image."""
+    contrast, saturation and hue, a share `grey` loses its colours.  All of these map (r, g, b)
+    linearly, so one 3 x 3 matrix and an offset an image do."""
     count, device = len(images), images.device
     chosen, lost, *factors = torch.rand(6, count, generator=generator, device=device)
     change = (2 * torch.stack(factors) - 1) * (chosen < 0.8) * strength  # (4, N)
     brightness, contrast, saturation = 1 + 0.8 * change[:3]
-    saturation, angle = torch.where(lost < grey, 0, saturation), 2 * math.pi * 0.2 * change[3]
+    saturation = torch.where(lost < grey, 0, saturation)
+    # A turn of the hue is a rotation about the axis of greys; 0.2 of a full turn at most.
+    angle = 2 * math.pi * 0.2 * change[3]
     a, b, c = ((1 + 2 * (angle + third * math.pi * 2 / 3).cos()) / 3 for third in (0, 1, -1))
-    turn = torch.stack([a, b, c, c, a, b, b, c, a], 1).view(count, 3, 3)  # about the axis of greys
+    turn = torch.stack([a, b, c, c, a, b, b, c, a], 1).view(count, 3, 3)
     to_grey = torch.stack([(1 - saturation) * share for share in LUMA], 1)[:, None]  # (N, 1, 3)
     matrix = (brightness * contrast)[:, None, None] * (saturation[:, None, None] * turn + to_grey)
+    # Contrast pulls towards the image's mean grey.
     mean = sum(share * channel for share, channel in zip(LUMA, images.mean((2, 3)).unbind(1)))
     offset = ((1 - contrast) * brightness * mean)[:, None, None, None]
     return torch.einsum("nij,njhw->nihw", matrix, images).add_(offset).clamp_(0, 1)
 
 
 def blur(images, share, generator):
-    """(N,3,S,S) -> the same, a share blurred by a Gaussian of 0.1 to 2 pixels (official code)."""
+    """(N,3,S,S) -> the same, a share of them blurred by a Gaussian with a standard deviation of
+    0.1 to 2 pixels (official code)."""
     count, reach = len(images), min(6, images.shape[-1] - 1)
     chosen, width = torch.rand(2, count, generator=generator, device=images.device)
     sigma = torch.where(chosen < share, 0.1 + 1.9 * width, 1e-3)
     pixels = torch.arange(-reach, reach + 1, device=images.device)
-    weights = torch.exp(-(pixels / sigma[:, None]).square() / 2)  # (N, k)
-    weights = (weights / weights.sum(1, keepdim=True)).repeat_interleave(3, 0)
+    weights = torch.exp(-(pixels / sigma[:, None]).square() / 2)
+    weights = (weights / weights.sum(1, keepdim=True)).repeat_interleave(3, 0)  # (3N, k)
     planes = F.pad(images, (reach,) * 4, mode="replicate").flatten(0, 1)[None]  # (1, 3N, h, w)
-    planes = F.conv2d(planes, weights[:, None, :, None], groups=3 * count)
+    planes = F.conv2d(planes, weights[:, None, :, None], groups=3 * count)  # along the columns
     return F.conv2d(planes, weights[:, None, None], groups=3 * count)[0].unflatten(0, (count, 3))
 
 
 def normalize(images):
-    """(N,3,H,W) in 0..1 -> standardised channel by channel."""
+    """(N,3,H,W) in 0..1 -> each channel minus its mean and over its standard deviation."""
     channels = zip(images.unbind(1), MEAN, DEVIATION)
     return torch.stack([(channel - mean) / deviation for channel, mean, deviation in channels], 1)
 
 
 class FeatureQueue(nn.Module):
-    """The latest `length` embeddings of each view, newest first; it is saved with the model."""
+    """The latest `length` z of each view, newest first; it is saved with the model."""
 
     def __init__(self, views, length, dimension):
         super().__init__()
@@ -549,7 +629,7 @@ class FeatureQueue(nn.Module):
         self.length, self.count = length, 0
 
     def push(self, z):
-        """(views,B,D) in, the B oldest out."""
+        """z (views,B,D) comes in, and the B oldest go."""
         self.features.copy_(torch.cat([z, self.features], 1)[:, :self.length])
         self.count = min(self.count + z.shape[1], self.length)
 
@@ -557,7 +637,7 @@ class FeatureQueue(nn.Module):
         """(length,D), or (0,D) before the queue is full."""
         return self.features[view, :self.length if self.count == self.length else 0]
 
-    def get_extra_state(self):
+    def get_extra_state(self):  # torch saves it with the buffers
         return torch.tensor(self.count)
 
     def set_extra_state(self, state):
@@ -565,10 +645,10 @@ class FeatureQueue(nn.Module):
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD whose gradients, weight decay included, are multiplied by trust * |weight| / |gradient|
-    (You et al. 2017), those of biases and batch-norm too (official code)."""
+    """SGD in which each tensor's gradient, weight decay included, is multiplied by
+    trust * |weight| / |gradient| (You et al. 2017); biases and batch-norm too (official code)."""
 
-    def __init__(self, parameters, lr, momentum=0.9, weight_decay=0.0, trust=0.001):
+    def __init__(self, parameters, lr=0.1, momentum=0.9, weight_decay=0.0, trust=0.001):
         super().__init__(parameters, {"lr": lr})
         self.momentum, self.decay, self.trust = momentum, weight_decay, trust
 
@@ -576,13 +656,13 @@ class LARS(torch.optim.Optimizer):
     def step(self, closure=None):
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
-                size, steepness = p.norm(), p.grad.norm()
-                ratio = self.trust * size / (steepness + self.decay * size + 1e-8)
-                gradient = (p.grad + self.decay * p) * ratio
-                gradient = torch.where((size > 0) & (steepness > 0), gradient, p.grad)
+                weight_norm, gradient_norm = p.norm(), p.grad.norm()
+                ratio = self.trust * weight_norm / (gradient_norm + self.decay * weight_norm + 1e-8)
+                scaled = (p.grad + self.decay * p) * ratio
+                scaled = torch.where((weight_norm > 0) & (gradient_norm > 0), scaled, p.grad)
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"].mul_(self.momentum).add_(gradient)
+                momentum = self.state[p]["momentum"].mul_(self.momentum).add_(scaled)
                 p.sub_(group["lr"] * momentum)
 
 
@@ -603,7 +683,7 @@ HEADS = 3  # clusterings of DeepCluster-v2 (official code)
 
 @torch.no_grad()
 def spherical_kmeans(vectors, count, iterations, generator):
-    """Unit vectors (N,D) -> unit centroids (count,D); one that loses its samples stays in place."""
+    """Unit vectors (N,D) -> unit centroids (count,D); one without vectors stays where it is."""
     if len(vectors) < count:
         raise trainer.InputError(f"{count} prototypes for {len(vectors)} images: lower prototypes "
                                  "with --set")
@@ -618,22 +698,23 @@ def spherical_kmeans(vectors, count, iterations, generator):
 
 
 def recluster(run, model, split, config, step):
-    """Cluster the memory anew when an epoch starts; before the first step, fill it."""
+    """Cluster the memory anew at the first step of every epoch; at the very first, fill it."""
     if step * config.batch_size // len(split) == (step - 1) * config.batch_size // len(split):
         return
     if step == 0:
         model.memory[:] = features(run, model, model.embed, config, split, split)[0]
         model.train()
-        torch.clear_autocast_cache()  # or the step would use weights cast here, without gradient
+        torch.clear_autocast_cache()  # else this step would use the weights that were cast here
     for head in range(HEADS):
         generator = run.stream(f"k-means {head}", step)
         with torch.autocast(run.device.type, enabled=False):
             centroids = spherical_kmeans(model.memory[head % 2], config.prototypes, 10, generator)
-        model.centroids[head] = trainer.over_ranks(centroids * (run.rank == 0))  # the first rank's
+        model.centroids[head] = trainer.over_ranks(centroids * (run.rank == 0))  # rank 0's to all
 
 
 def deepcluster_loss(model, embeddings, numbers, temperature):
-    """Every view has to name the cluster that its image's z was in, in each clustering."""
+    """z (B,D) of every view, numbers (B,) of the images -> loss, scores (B,K) of every view: in
+    each of the clusterings, each view has to name the cluster that its image's z was in."""
     losses = []
     for head, centroids in enumerate(model.centroids):
         clusters = (model.memory[head % 2, numbers] @ centroids.T).argmax(1)
@@ -646,7 +727,8 @@ def deepcluster_loss(model, embeddings, numbers, temperature):
 
 
 def simclr_loss(embeddings, temperature):
-    """Every view has to tell its image's large crops from those of all others (NT-Xent)."""
+    """z (B,D) of every view -> loss: each view has to tell its image's large crops from those of
+    all other images (NT-Xent, Chen et al. 2020)."""
     large = [trainer.rows_of_all_ranks(z) for z in embeddings[:2]]  # (B of all ranks, D)
     (rank, ranks), losses = trainer.rank_and_ranks(), []
     own = torch.eye(len(large[0]), dtype=torch.bool, device=large[0].device).chunk(ranks)[rank]
@@ -654,89 +736,17 @@ def simclr_loss(embeddings, temperature):
         others = [(F.linear(z, each) / temperature).masked_fill(own, -math.inf) for each in large]
         negative = torch.cat(others, 1).logsumexp(1)  # (B,)
         losses += [F.softplus(negative - (z * embeddings[i]).sum(1) / temperature).mean()
-                   for i in range(2) if i != v]
+                   for i in (0, 1) if i != v]
     return torch.stack(losses).mean()
-
-
-# ---- Collapse ----
-
-def chance_loss(config):
-    """ln K, or for SimCLR that of picking one of all candidates."""
-    candidates = 1 + 2 * (config.batch_size - 1)
-    return math.log(candidates if config.method == "simclr" else config.prototypes)
-
-
-@torch.no_grad()
-def use_of_prototypes(scores):
-    """Scores (N,K) -> entropy in nats and largest share of how often a prototype is the nearest."""
-    nearest = trainer.rows_of_all_ranks(scores.argmax(1))
-    counts = torch.zeros(scores.shape[1], device=scores.device)
-    share = counts.index_add_(0, nearest, torch.ones(len(nearest), device=scores.device))
-    share = share / share.sum()
-    return -torch.special.xlogy(share, share).sum(), share.max()
-
-
-def observe(model, config, name, loss, scores, step, window):
-    """What a step logs, of all ranks.  Raises TrainingFailed if from step 0 on, over a window of
-    steps, the loss is within 1 % of chance or one prototype takes 90 % of the crops."""
-    everyone = trainer.over_ranks(loss.detach().clone()) / trainer.rank_and_ranks()[1]
-    scalars, chance = {"loss": loss + (everyone - loss.detach())}, chance_loss(config)
-    if scores:
-        scalars["entropy"], scalars["largest"] = use_of_prototypes(torch.cat(scores[:2]))
-    if step >= 0 and config.patience:
-        model.watched += torch.stack([everyone, scalars.get("largest", torch.zeros_like(everyone))])
-    if step >= 0 and config.patience and (step + 1) % window == 0:
-        mean, largest = (model.watched / window).tolist()  # waits for the device
-        model.watched.zero_()
-        if mean > 0.99 * chance or largest > 0.9:
-            raise trainer.TrainingFailed(
-                f"{name} collapsed: over {window} steps the loss stayed at {mean:.3f} (chance "
-                f"{chance:.3f}), one prototype took {100 * largest:.0f} % of the crops; with --set "
-                f"lower epsilon (now {config.epsilon:g}) or pretext_rate ({config.pretext_rate:g}),"
-                f" raise freeze ({config.freeze:g}) or iterations ({config.iterations}), or wait "
-                f"longer with patience ({config.patience:g})")
-    return scalars
 
 
 # ---- Use ----
 
-def tensors_in(state, prefix=""):
-    """{dotted name: tensor} of all tensors in nested dicts."""
-    found = {}
-    for key, value in state.items() if isinstance(state, dict) else ():
-        if torch.is_tensor(value):
-            found[f"{prefix}{key}"] = value
-        found |= tensors_in(value, f"{prefix}{key}.")
-    return found
-
-
 def load_encoder(run, path, stem):
     """-> Encoder from a checkpoint of ours, of torchvision's or the authors', read off its weights.
-
-    Prefixes and heads are dropped.  The stem's pooling is not in the weights: it is that of `stem`,
-    but networks with torchvision's or the authors' heads pool.
-    """
-    require_whole(path)
-    scalars = [argparse.Namespace, np._core.multiarray.scalar, np.dtype, type(np.dtype("f8"))]
-    try:
-        with torch.serialization.safe_globals(scalars):  # settings beside the weights do no harm
-            state = tensors_in(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # rubbish can make torch.load raise nearly anything
-        raise trainer.InputError(f"{path} is no checkpoint that is safe to read "
-                                 f"({type(error).__name__}): torch.save its state dict alone, "
-                                 "and give that") from None
-    first = min((name for name, w in state.items() if name.endswith(("conv1.weight", "0.weight"))
-                 and w.dim() == 4 and w.shape[1] == 3), key=len, default="")
-    if not first:
-        raise trainer.InputError(f"{path} holds no conv1.weight: not a ResNet")
-    prefix = first.removesuffix("conv1.weight").removesuffix("0.weight")
-    state = {name.removeprefix(prefix): w for name, w in state.items() if name.startswith(prefix)}
-    if "conv1.weight" not in state:  # children of an nn.Sequential: 2 and 3 are ReLU and pooling
-        names = {"0": "conv1", "1": "bn1",
-                 "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-        parts = {name: name.partition(".") for name in state}
-        state = {f"{names.get(parts[name][0], '')}.{parts[name][2]}": w
-                 for name, w in state.items()}
+    Only the stem's pooling they do not tell: a network with torchvision's or the authors' heads
+    pools, another has the stem that is given."""
+    state = checkpoints.read_resnet(path)
     headed = "projection_head.0.weight" in state or torch.as_tensor(state.get("fc.weight", 0)).any()
     state = {name: w for name, w in state.items() if name.startswith(("conv1.", "bn1.", "layer"))}
     channels, _, kernel, _ = state["conv1.weight"].shape
@@ -745,12 +755,7 @@ def load_encoder(run, path, stem):
     if headed or (stem == "cifar") != (kernel == 3):
         stem = "cifar" if kernel == 3 else "imagenet"
     encoder = Encoder(kind, channels / 64, stem)
-    try:
-        encoder.load_state_dict(state)
-        require_finite(path, state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise trainer.InputError(f"{path}, read as {kind}: {reason}") from None
+    checkpoints.load_into(encoder, state, path, kind)
     run.say(f"{path}: {kind}, width {channels / 64:g}, stem {stem} (another: --set stem=...)")
     return encoder.to(run.device, memory_format=torch.channels_last)
 
@@ -762,12 +767,10 @@ def export(run, path):
         raise trainer.InputError(
             f"torchvision has no {config.network} of width {config.width:g} with stem "
             f"{config.stem}: --set network=resnet18 --set width=1 --set stem=imagenet")
-    encoder, buffer = network(run, load(run), "swav").model.encoder, io.BytesIO()
+    encoder = network(run, load(run), "swav").model.encoder
     head = {"fc.weight": torch.zeros(1000, encoder.channels), "fc.bias": torch.zeros(1000)}
-    state = {**encoder.state_dict(), **head}
-    torch.save({name: weight.cpu().contiguous() for name, weight in state.items()}, buffer)
     if run.rank == 0 and not run.plan:
-        trainer.write_atomically(Path(path), buffer.getbuffer())
+        checkpoints.write(path, {**encoder.state_dict(), **head})
         run.say(f"{path}: {config.network}, stem {config.stem}")
 
 
@@ -785,7 +788,7 @@ def use(given):
         digest = hashlib.sha256(Path(given.evaluate).read_bytes()).hexdigest()
         given.overrides += [f"checkpoint={given.evaluate}", f"checkpoint_sha256={digest}"]
         given.rows = "checkpoint/knn*,checkpoint/linear" if given.rows == "*" else given.rows
-    return functools.partial(export, path=given.export) if given.export else None
+    return partial(export, path=given.export) if given.export else None  # else: reproduce
 
 
 def main(arguments=None):

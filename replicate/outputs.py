@@ -1,12 +1,14 @@
 """Picture files that are made: a run's figures, and pictures made from picture files."""
 import io
 import os
+import time
 from pathlib import Path
 
 import torchvision.utils
 from PIL import Image, ImageOps
 
 from replicate.files import as_seen, opened, pictures_below
+from replicate.launch import tell
 from replicate.records import InputError, tidy, write_atomically
 
 CLEAR = (".png", ".tif", ".tiff", ".webp", ".avif", ".jp2")  # may hold transparency
@@ -90,3 +92,34 @@ def pair(source, target):
         print(line, flush=True)
     tidy(*{made.parent for made in pairs})
     return pairs
+
+
+def refuse_overwriting(pairs):
+    """-> (those of the pairs whose file to write is not there yet, exit status): the others are
+    named in one line, and the status is 2 where there are any."""
+    todo = {made: path for made, path in pairs.items() if not os.path.lexists(made)}
+    if len(todo) == len(pairs):
+        return todo, 0
+    names = " ".join(map(str, [made for made in pairs if made not in todo][:3]))
+    tell(f"error: {len(pairs) - len(todo)} of {len(pairs)} would overwrite a file ({names}): "
+         "give another place, or remove what was made before")
+    return todo, 2
+
+
+def convert(pairs, change):
+    """Write change(picture), both RGB, for each of the pairs {file to write: picture to read} ->
+    exit status, 2 where a picture had to be left out.  Transparency is kept where it can be."""
+    status = 0
+    for number, (made, path) in enumerate(pairs.items(), 1):
+        start = time.perf_counter()
+        try:
+            picture, alpha = read(path)
+            content, lost = encode(change(picture), alpha, made.suffix)
+        except (InputError, OSError, ValueError, RuntimeError, MemoryError) as error:
+            reason, status = (str(error) or type(error).__name__).splitlines()[0], 2
+            tell(f"error: {path} is left out: {reason}")
+            continue
+        write(made, content)
+        print(f"{number}/{len(pairs)}  {made}  {picture.width} x {picture.height}  "
+              f"{time.perf_counter() - start:.1f} s{lost}", flush=True)
+    return status

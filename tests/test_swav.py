@@ -14,6 +14,7 @@ import numpy
 import pytest
 import torch
 import torchvision
+from conftest import write_folder
 from torch.nn import functional as F
 
 from papers import swav
@@ -595,11 +596,11 @@ def test_variants_fit_every_scale_and_two_crops_see_as_many_pixels(scale):
 def test_a_collapse_ends_the_run_with_one_line_and_is_recorded_where_it_is_meant(tmp_path, capsys, folders, write_packed):
     write_packed(tmp_path, train=64, test=20)
     options = ["--scale", "smoke", "--data", str(tmp_path), *folders, *settings(
-        dataset="cifar10", pretext_epochs=9, batch_size=16, patience=3, freeze=1, pretext_rate=1, shards=2)]
+        dataset="cifar10", pretext_epochs=100, batch_size=16, patience=3, freeze=1, pretext_rate=1, shards=2)]
     assert swav.main([*options, "--rows", "swav/knn20", *settings(epsilon=1)]) == 3
     error = capsys.readouterr().err.strip()
-    assert len(error.splitlines()) == 1 and "swav collapsed: over 12 steps" in error and "chance 3.401" in error
-    assert "with --set lower epsilon (now 1)" in error
+    assert len(error.splitlines()) == 1 and "swav collapsed: over 200 steps" in error and "chance 3.401" in error
+    assert "--set epsilon=0.05 (now 1)" in error
     (record,) = records_of(tmp_path / "results")
     assert record["status"] == "failed" and record["error"] in error
     assert swav.main([*options, "--rows", "ablation/epsilon0.5/loss"]) == 0
@@ -607,21 +608,48 @@ def test_a_collapse_ends_the_run_with_one_line_and_is_recorded_where_it_is_meant
 
 
 def test_the_watch_sees_chance_and_one_prototype_that_takes_over():
-    model, config, chance = swav.ClusteringNetwork(some_config()), some_config(), math.log(30)
+    model, chance = swav.ClusteringNetwork(some_config()), math.log(30)
 
-    def watched(loss, scores, first=0, **changed):
+    def watched(loss, scores, **changed):
         model.watched.zero_()
-        for step in range(first, first + 20):
-            swav.observe(model, some_config(**changed), "x", torch.tensor(loss), scores, step, 10)
+        for step in range(20):
+            scalars = swav.log_of_step(torch.tensor(loss), scores)
+            swav.stop_at_collapse(model, some_config(**changed), "x", scalars, step + 1, 10)
 
     alike, apart = torch.eye(30)[:1].expand(40, -1), torch.eye(30)
-    watched(0.97 * chance, [apart, apart])
-    watched(chance, [alike, alike], first=-20)  # before training has settled
-    watched(chance, [alike, alike], patience=0)
-    with pytest.raises(trainer.TrainingFailed, match="over 10 steps .* one prototype took 100 % .* pretext_rate .0.6."):
+    watched(0.99 * chance, [apart, apart])
+    watched(1.01 * chance, [apart, apart])  # nothing is learnt yet
+    with pytest.raises(trainer.TrainingFailed, match="over 10 steps .* one prototype took 100 % .* pretext_rate=0.15"):
         watched(1.0, [alike, alike])
-    with pytest.raises(trainer.TrainingFailed, match="iterations .0."):
-        watched(chance, [], iterations=0)
+    with pytest.raises(trainer.TrainingFailed, match="iterations=3 .now 0."):
+        watched(chance, [apart, apart], iterations=0)
+    with pytest.raises(trainer.TrainingFailed, match="pretext_rate=0.15, or --set patience=0"):
+        watched(math.log(31), [], method="simclr", batch_size=16, epsilon=1)
+
+
+@pytest.mark.parametrize("epochs", [3, 100])
+def test_a_folder_of_a_few_pictures_is_no_collapse(tmp_path, capsys, folders, epochs):
+    """Neither in the first steps nor once the watch has seen enough of them."""
+    write_folder(tmp_path / "pictures", counts=(22, 4))
+    options = ["--scale", "smoke", *folders, "--rows", "swav/loss", *settings(
+        dataset=f"folder:{tmp_path / 'pictures'}", batch_size=16, shards=2, pretext_epochs=epochs, freeze=0.3, pretext_rate=1)]
+    assert swav.main(options) == 0, capsys.readouterr().err
+    (record,) = records_of(tmp_path / "results")
+    assert record["steps"] == epochs * 44 // 16 and (epochs == 3 or record["value"] < 97)
+
+
+@pytest.mark.parametrize("fault", ["epsilon=1", "iterations=0"])
+def test_what_a_collapse_advises_helps(tmp_path, capsys, folders, fault):
+    write_folder(tmp_path / "pictures", counts=(22, 4))
+    options = ["--scale", "smoke", *folders, "--rows", "swav/loss", *settings(
+        dataset=f"folder:{tmp_path / 'pictures'}", batch_size=16, shards=2, pretext_epochs=100, freeze=0.3, pretext_rate=1)]
+    assert swav.main([*options, "--set", fault]) == 3
+    error = capsys.readouterr().err
+    assert "swav collapsed: over 200 steps" in error
+    advised = [words.split()[0].strip(",") for words in error.split("--set ")[1:]]
+    assert len(advised) == 2 and advised[1] == "patience=0"
+    for advice in advised:
+        assert swav.main([*options, "--set", fault, "--set", advice]) == 0
 
 
 def test_use_of_prototypes():

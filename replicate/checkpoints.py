@@ -1,0 +1,72 @@
+"""Checkpoints of other projects, read without running any code they hold, and files for them."""
+import argparse
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from replicate import outputs
+from replicate.launch import require_finite, require_whole
+from replicate.records import InputError
+
+CHILDREN = {"0": "conv1", "1": "bn1",  # of nn.Sequential(*resnet.children()); 2, 3: no weights
+            "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+
+
+def tensors_in(state, prefix=""):
+    """{dotted name: tensor} of all tensors in nested dicts."""
+    found = {}
+    for key, value in state.items() if isinstance(state, dict) else ():
+        if torch.is_tensor(value):
+            found[f"{prefix}{key}"] = value
+        found |= tensors_in(value, f"{prefix}{key}.")
+    return found
+
+
+def read_tensors(path):
+    """{dotted name: tensor} of a file that torch.save has written; InputError where it is none, or
+    where it holds more than tensors, numbers, text and settings."""
+    require_whole(path)
+    harmless = [argparse.Namespace, np._core.multiarray.scalar, np.dtype, type(np.dtype("f8"))]
+    try:
+        with torch.serialization.safe_globals(harmless):
+            return tensors_in(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # rubbish can make torch.load raise nearly anything
+        raise InputError(f"{path} is no checkpoint that is safe to read "
+                         f"({type(error).__name__}): torch.save its state dict alone, "
+                         "and give that") from None
+
+
+def read_resnet(path):
+    """{torchvision's name: tensor} of a ResNet, heads included, however its layers are nested or
+    numbered in the file; InputError where it holds none."""
+    state = read_tensors(path)
+    first = min((name for name, w in state.items() if name.endswith(("conv1.weight", "0.weight"))
+                 and w.dim() == 4 and w.shape[1] == 3), key=len, default="")
+    if not first:
+        raise InputError(f"{path} holds no conv1.weight: not a ResNet")
+    prefix = first.removesuffix("conv1.weight").removesuffix("0.weight")
+    state = {name.removeprefix(prefix): w for name, w in state.items() if name.startswith(prefix)}
+    if "conv1.weight" in state:
+        return state
+    parts = {name: name.partition(".") for name in state}
+    return {f"{CHILDREN.get(parts[name][0], '')}.{parts[name][2]}": w for name, w in state.items()}
+
+
+def load_into(module, state, path, kind):
+    """Load {name: tensor} of a file into a module; InputError, which names the file and the kind
+    of network it was taken for, where they do not fit or hold NaN."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{path}, read as {kind}: {reason}") from None
+    require_finite(path, state)
+
+
+def write(path, state):
+    """Save {name: tensor} for the CPU, in a file that is whole or not there."""
+    buffer = io.BytesIO()
+    torch.save({name: tensor.cpu().contiguous() for name, tensor in state.items()}, buffer)
+    outputs.write(Path(path), buffer.getbuffer())
