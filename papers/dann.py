@@ -2,15 +2,17 @@
 Yaroslav Ganin, Evgeniya Ustinova, Hana Ajakan, Pascal Germain, Hugo Larochelle, Francois
 Laviolette, Mario Marchand, Victor Lempitsky.  JMLR 17(59), 2016, arXiv 1505.07818.
 
-Claim: features from which nobody can tell the domain carry a classifier from labelled source images
-to unlabelled target images.
+Claim: features that do not show which domain they come from carry a classifier from labelled source
+images to unlabelled target images.
 
-Method: every batch holds labelled source and unlabelled target images.  One feature extractor feeds
-two heads: the label head names the class of the source images, the domain head tells source from
-target.  Between the features and the domain head lies a reversal layer: it passes the features on
-as they are and multiplies their gradient by -lambda.  So the domain head learns to tell the domains
-apart while the features learn to make that impossible.  lambda grows from 0 to 1 while the learning
-rate falls.  Only train-on-target and finetuned10, for comparison, learn from target labels.
+Method: a domain is a source of images, such as MNIST's digits on black, or digits on photographs.
+Every batch holds labelled images of one, the source, and unlabelled ones of another, the target.
+One feature extractor feeds two heads: the label head names the class of the source images, the
+domain head tells source from target.  Between the features and the domain head lies a reversal
+layer: it passes the features on as they are and multiplies their gradient by -lambda.  So the
+domain head learns to tell the domains apart while the features learn to make that impossible.
+lambda grows from 0 to 1 while the learning rate falls.  Of the methods compared here only
+train-on-target and finetuned10 learn from labels of the target.
 
 Deviations from the paper
 1. MNIST-M is made here, seeded, from all of MNIST: train digits on BSDS500's train images, test
@@ -26,7 +28,7 @@ Deviations from the paper
 6. USPS, the controls, mmd, coral and finetuned10 are ours: same network, batches and budget.
 7. The moons are learnt in batches of 8 points at twice the rate, not point by point.
 8. Left out: Amazon reviews, and Office-31, which starts from a network trained on labels.
-9. Training multiplies in bfloat16.  At scale small it is shorter: only claims are comparable.
+9. Training multiplies in bfloat16.  Scale small trains for less: only claims are comparable.
 [1] https://github.com/GRAAL-Research/domain_adversarial_neural_network: experiments_moons.py
 
 Run:  python -m papers.dann --scale small   (MNIST, USPS; two CPU cores: 20 minutes a seed)
@@ -45,7 +47,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from replicate import data as image_data
-from replicate import evaluate, trainer
+from replicate import evaluate, scatter, trainer
+from replicate.classes import match_classes
 from replicate.launch import launch
 from replicate.outputs import save_image
 
@@ -90,7 +93,7 @@ class Config:
 
 def reverse_gradient(features, strength):
     """The features as they are; on the way back their gradient is multiplied by -strength."""
-    turned = features.view_as(features)
+    turned = features.view_as(features)  # so that other uses of the features keep their gradient
     if turned.requires_grad:
         turned.register_hook(lambda gradient: -strength * gradient)
     return turned
@@ -106,7 +109,7 @@ def learning_rate(progress, initial=0.01):
     return initial / (1 + 10 * progress) ** 0.75
 
 
-# ---- Networks: features, label head and domain head, as in Fig. 4 ----
+# ---- Networks of Fig. 4: the layers of features, label head and domain head ----
 
 def linear_layers(*units):
     """Fully connected layers from each number of units to the next, with ReLU between them."""
@@ -116,7 +119,7 @@ def linear_layers(*units):
 
 def digit_layers(classes, side):
     """MNIST, MNIST-M, USPS: 48 maps of 4 x 4 (768 features) from 28 x 28 pixels."""
-    size = 48 * (((side - 4) // 2 - 4) // 2) ** 2
+    size = 48 * (((side - 4) // 2 - 4) // 2) ** 2  # a convolution takes 4 pixels, pooling halves
     features = [nn.Conv2d(3, 32, 5), nn.ReLU(), nn.MaxPool2d(2, 2),
                 nn.Conv2d(32, 48, 5), nn.ReLU(), nn.MaxPool2d(2, 2), nn.Flatten()]
     return features, linear_layers(size, 100, 100, classes), linear_layers(size, 100, 1)
@@ -139,10 +142,11 @@ def sign_layers(classes, side):
 
 
 class DomainAdversarialNetwork(nn.Module):
-    """uint8 images (N,3,S,S) -> class scores (N,K); mean: (3,S,S) in 0..1, of both domains.
+    """uint8 images (N,3,S,S) -> class scores (N,K).
 
-    label_head: features (N,D) -> its last hidden layer (N,H); classifier: (N,H) -> (N,K);
-    domain_head: features -> scores (N,), above 0 for the target domain.
+    layers: digit_layers, svhn_layers or sign_layers; mean: (3,S,S) in 0..1, which is subtracted.
+    label_head: features (N,D) -> last hidden layer (N,H); classifier: (N,H) -> class scores;
+    domain_head: features -> scores (N,), above 0 where an image looks like the target's.
     """
 
     def __init__(self, layers, classes, mean=None):
@@ -155,7 +159,7 @@ class DomainAdversarialNetwork(nn.Module):
         self.domain_head = nn.Sequential(*domain_head, nn.Flatten(0))
 
     def encode(self, images):
-        """-> features (N,D): one transform for both domains; points are taken as they are."""
+        """-> features (N,D), the same for both domains.  Without a mean inputs stay as they are."""
         if self.mean is not None:
             images = images.float() / 255 - self.mean
             images = images.contiguous(memory_format=torch.channels_last)
@@ -168,7 +172,7 @@ class DomainAdversarialNetwork(nn.Module):
 # ---- Objective ----
 
 def domain_loss(source_scores, target_scores):
-    """Logistic loss of telling source (0) from target (1); by chance it is 2 ln 2."""
+    """Logistic loss of telling source (0) from target (1) by scores (N,); at chance 2 ln 2."""
     return F.softplus(source_scores).mean() + F.softplus(-target_scores).mean()
 
 
@@ -177,7 +181,7 @@ def maximum_mean_discrepancy(source, target):
     joint = torch.cat([source, target])
     squares = joint.square().sum(1)
     distances = (squares[:, None] + squares[None] - 2 * joint @ joint.T).clamp_min(0)
-    width = distances.detach().mean().clamp_min(1)  # narrower ones tear nearly equal features apart
+    width = distances.detach().mean().clamp_min(1)  # below 1 the gradient would grow without bound
     kernel = sum(torch.exp(-distances / (width * factor)) for factor in (0.25, 0.5, 1, 2, 4))
     n = len(source)
     return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
@@ -190,14 +194,17 @@ def coral_loss(source, target):
     return difference.square().sum() / (4 * source.shape[1] ** 2)
 
 
-REVERSALS = {"dann": 1, "strength0": 0, "no-reversal": -1}  # what lambda is multiplied by
+# What lambda is multiplied by.  With 0 the domain head cannot move the features; with -1 they help
+# it, as they would without the reversal layer.
+REVERSALS = {"dann": 1, "strength0": 0, "no-reversal": -1}
 
 
 def adaptation_losses(model, source, target, labels, method, strength, config):
     """{"loss", "label" and, where the method adapts, "domain"} of one joint batch.
 
-    source, target: images; labels: (B,) of source; strength: lambda at this step.  Source only lets
-    the target run along unused, so that strength0 can be compared with it bit for bit.
+    source, target: images; labels: (B,) of the source; method: one of METHODS; strength: lambda at
+    this step.  Source only encodes the target too and does not use it: so its labels' loss is
+    computed as in strength0, bit for bit.
     """
     sizes = [len(source), len(target)]
     features = model.encode(torch.cat([source, target]))
@@ -218,7 +225,7 @@ def adaptation_losses(model, source, target, labels, method, strength, config):
 
 # ---- Pre-training ----
 
-PAIRS = {  # name -> source set, target set, layers, side of the images
+PAIRS = {  # name -> source set, target set, layers of the network, side of the images in pixels
     "mnist-mnistm": ("mnist", "mnist-m", digit_layers, 28),
     "mnist-usps": ("mnist", "usps", digit_layers, 28),
     "usps-mnist": ("usps", "mnist", digit_layers, 28),
@@ -230,8 +237,8 @@ METHODS = ("source-only", *REVERSALS, "mmd", "coral", "train-on-target")
 
 
 class Domains(NamedTuple):
-    source: image_data.ImageSet     # of images (N,3,S,S) uint8
-    target: image_data.ImageSet
+    source: image_data.ImageSet     # uint8 images (N,3,S,S)
+    target: image_data.ImageSet     # likewise
     mean: torch.Tensor              # (3,S,S) in 0..1, of the training images of both
 
 
@@ -241,18 +248,20 @@ def hide_labels(split):
 
 
 def in_pairs(run, first, second, batch_size, name):
-    """Endless batches of two splits side by side, each shuffled in an order of its own."""
+    """Batches for run.fit: one of each of two splits, each split shuffled in its own order."""
     first = run.shuffled(first, batch_size, f"{name}/source")
     second = run.shuffled(second, batch_size, f"{name}/target")
-    return lambda step: zip(first(step), second(step))
+    return lambda first_step: zip(first(first_step), second(first_step))
 
 
 def pretrain(run, data, config, name):
-    """-> Trained DomainAdversarialNetwork.  data: Domains; name: pair/method, one of METHODS."""
+    """-> Trained DomainAdversarialNetwork.  data: Domains; name: <pair of PAIRS>/<method>."""
     pair, method = name.split("/")
     layers, classes = PAIRS[pair][2], data.source.classes
-    slow = pair == "svhn-mnist"  # Sec. 5.2.2: the rate does not fall
-    steps = config.usps_steps if "usps" in pair else config.steps * (6 if slow else 1)
+    constant = pair == "svhn-mnist"  # Sec. 5.2.2: the rate does not fall
+    steps = 6 * config.steps if constant else config.steps
+    if "usps" in pair:
+        steps = config.usps_steps
     # The weights start the same for every method
     model = run.build(DomainAdversarialNetwork, layers, classes, data.mean, purpose=f"{pair}/init")
     labelled, other = data.source.train, hide_labels(data.target.train)
@@ -265,7 +274,8 @@ def pretrain(run, data, config, name):
         return adaptation_losses(model, images, others, labels, method, strength, config)
 
     return run.fit(name, model, loss, in_pairs(run, labelled, other, config.batch_size, pair),
-                   steps=steps, rate=lambda p: learning_rate(0 if slow else p, config.rate),
+                   steps=steps,
+                   rate=lambda progress: learning_rate(0 if constant else progress, config.rate),
                    optimizer=torch.optim.SGD(model.parameters(), momentum=config.momentum),
                    chance=math.log(classes) + (2 * math.log(2) if method in REVERSALS else 0))
 
@@ -278,19 +288,20 @@ def accuracy(run, model, test):
 
 
 def encode_split(model, split, head=nn.Identity()):
-    """head(features) of all images of a split, (N,D)."""
+    """head(features) (N,D) of all images of a split; by default the features themselves."""
     return evaluate.extract_features(lambda images: head(model.encode(images)), split)
 
 
 def domain_accuracy(run, model, source, target):
     """Percent of the images whose domain is recognised, the mean of the two domains."""
-    scores = [encode_split(model, split, model.domain_head[:-1]) for split in (source, target)]
-    return 50 * float((scores[0] < 0).float().mean() + (scores[1] > 0).float().mean())
+    of_source, of_target = (encode_split(model, split, model.domain_head[:-1])
+                            for split in (source, target))
+    return 50 * float((of_source < 0).float().mean() + (of_target > 0).float().mean())
 
 
 def proxy_a_distance(source, target, seed):
-    """2 (1 - 2 error) of a linear classifier of the domain of features (N,D) and (M,D), fitted on
-    half of them and tested on the others: 0 for equal, 2 for separable samples."""
+    """2 (1 - 2 error) of a linear classifier that tells features (N,D) of the source from those
+    (M,D) of the target, fitted on half of them: 0 where they are alike, 2 where they are apart."""
     count, parts = min(len(source), len(target)), []
     for features, name in ((source, "source"), (target, "target")):
         order = torch.randperm(len(features), generator=trainer.stream(seed, f"a-distance/{name}"))
@@ -322,10 +333,12 @@ def align_subspaces(source, target, dimension):
 
 def subspace_alignment(run, model, source, target, test):
     """Accuracy of a linear classifier on aligned last hidden layers, fitted on source labels."""
-    x, other, tested = (encode_split(model, s, model.label_head) for s in (source, target, test))
-    x, tested, other = x - x.mean(0), tested - other.mean(0), other - other.mean(0)
-    turn, axes = align_subspaces(x, other, run.config.subspace)
-    return evaluate.linear_probe(x @ turn, source.labels, tested @ axes, test.labels, seed=run.seed)
+    x_source, x_target, x_test = (encode_split(model, split, model.label_head)
+                                  for split in (source, target, test))
+    x_source, mean = x_source - x_source.mean(0), x_target.mean(0)
+    source_axes, target_axes = align_subspaces(x_source, x_target - mean, run.config.subspace)
+    return evaluate.linear_probe(x_source @ source_axes, source.labels,
+                                 (x_test - mean) @ target_axes, test.labels, seed=run.seed)
 
 
 def finetune(run, data, config, name, model, count=10):
@@ -351,24 +364,25 @@ def gap_closed(low, value, high):
 def reproduce_pair(run, data, pair):
     """The rows of one pair; those that are not in the YAML are not wanted."""
     config, source, target = run.config, data.source, data.target
-    table = [  # row, its network, measure, splits
-        *((method, method, accuracy, target.test) for method in METHODS),
-        ("subspace-alignment", "source-only", subspace_alignment,
-         source.train, hide_labels(target.train), target.test),
-        ("dann/domain-accuracy", "dann", domain_accuracy, source.test, target.test)]
-    for method in ("source-only", "dann"):
-        table += [(f"{method}/source-accuracy", method, accuracy, source.test),
-                  (f"{method}/a-distance", method, a_distance, source.test, target.test)]
-    for name, method, measure, *splits in table:
+    measures = {method: (method, accuracy, target.test) for method in METHODS}
+    measures |= {  # row -> the method whose network is measured, the measure, the splits it sees
+        "subspace-alignment": ("source-only", subspace_alignment, source.train,
+                               hide_labels(target.train), target.test),
+        "dann/domain-accuracy": ("dann", domain_accuracy, source.test, target.test),
+        "source-only/source-accuracy": ("source-only", accuracy, source.test),
+        "source-only/a-distance": ("source-only", a_distance, source.test, target.test),
+        "dann/source-accuracy": ("dann", accuracy, source.test),
+        "dann/a-distance": ("dann", a_distance, source.test, target.test)}
+    for name, (method, measure, *splits) in measures.items():
         if run.wants(row := f"{pair}/{name}"):
             trained = pretrain(run, data, config, f"{pair}/{method}")
-            other = {"source-only": "dann", "dann": "source-only"}.get(name)  # in the figures
+            other = {"source-only": "dann", "dann": "source-only"}.get(name)
             if pair == "mnist-mnistm" and run.seed == 0 and run.value(f"{pair}/{other}"):
-                figures(run, data, pair)
+                figures(run, data, pair)  # of both; before the row, so that none is ever missing
             run.record(row, partial(measure, run, trained.model), *splits, after=[trained])
     if run.wants(row := f"{pair}/finetuned10"):
         if target.train.labels.bincount(minlength=target.classes).min() < 10:
-            run.record(row, None)
+            run.record(row, None)  # leaves the row out
         else:
             base = pretrain(run, data, config, f"{pair}/source-only")
             tuned = finetune(run, data, config, row, base.model)
@@ -414,7 +428,7 @@ def two_moons(count, degrees, generator, device="cpu"):
 
 
 def moon_layers(classes, side):
-    """15 sigmoid units; a softmax and a logistic unit on them."""
+    """15 sigmoid units, from which the class and the domain are predicted; side is not used."""
     hidden, classifier, domain = nn.Linear(2, 15), nn.Linear(15, classes), nn.Linear(15, 1)
     for layer in (hidden, classifier):
         nn.init.xavier_uniform_(layer.weight)
@@ -424,11 +438,11 @@ def moon_layers(classes, side):
 
 
 def train_on_moons(run, config, name):
-    """-> Trained DomainAdversarialNetwork of points (N,2).  name: moons/dann, moons/source-only."""
+    """-> Trained DomainAdversarialNetwork of points (N,2).  name: moons/dann or /source-only."""
     model = run.build(DomainAdversarialNetwork, moon_layers, 2, purpose="moons/init")
     source, target = (image_data.Resident(*two_moons(300, turn, run.stream(part), run.device))
                       for turn, part in ((0, "moons/source"), (35, "moons/target")))
-    strength = config.moons_strength if name == "moons/dann" else 0  # constant, for both players
+    strength = config.moons_strength if name == "moons/dann" else 0  # constant, for both heads
 
     def loss(batch, step):
         (points, labels), (others, _) = batch
@@ -454,7 +468,7 @@ def cut_backgrounds(pictures, count, side, generator):
     """(count,3,side,side) from random places of random pictures, a list of (3,H,W) uint8."""
     chosen = torch.randint(len(pictures), (count,), generator=generator)
     places = torch.rand(2, count, generator=generator)
-    room = torch.tensor([picture.shape[1:] for picture in pictures]) - side + 1
+    room = torch.tensor([picture.shape[1:] for picture in pictures]) - side + 1  # rows, columns
     corners = (places * room[chosen].T).long().T.tolist()
     return torch.stack([pictures[number][:, top:top + side, left:left + side]
                         for number, (top, left) in zip(chosen.tolist(), corners)])
@@ -462,17 +476,17 @@ def cut_backgrounds(pictures, count, side, generator):
 
 def make_mnist_m(run, mnist):
     """MNIST on BSDS500's train and val pictures, else on CIFAR-10's; the same for every seed."""
-    folder, origin = image_data.data_root(run.data_folder) / "BSDS500/data/images", "BSDS500"
-    pictures = [[image_data.decode(path) for path in sorted((folder / part).glob("*.jpg"))]
-                for part in ("train", "val")]
-    if not all(pictures):
+    origin, folder = "BSDS500", image_data.data_root(run.data_folder) / "BSDS500/data/images"
+    backgrounds = [[image_data.decode(path) for path in sorted((folder / part).glob("*.jpg"))]
+                   for part in ("train", "val")]
+    if not all(backgrounds):
         run.say(f"no BSDS500 in {folder}: backgrounds from CIFAR-10")
-        cifar, origin = run.load("cifar10"), "CIFAR-10"
-        pictures = [list(split.images.cpu()) for split in (cifar.train, cifar.test)]
+        origin, cifar = "CIFAR-10", run.load("cifar10")
+        backgrounds = [list(split.images.cpu()) for split in (cifar.train, cifar.test)]
     splits = []
-    for part, split, available in zip(("train", "test"), (mnist.train, mnist.test), pictures):
+    for part, split, pictures in zip(("train", "test"), (mnist.train, mnist.test), backgrounds):
         digits, generator = split.images.cpu(), trainer.stream(0, f"mnist-m/{part}")
-        patches = cut_backgrounds(available, len(digits), digits.shape[-1], generator)
+        patches = cut_backgrounds(pictures, len(digits), digits.shape[-1], generator)
         blended = blend_digits(digits, patches).to(run.device)
         splits.append(image_data.Resident(blended, split.labels))
     sha256 = run.sha256[f"mnist-m on {origin}"] = image_data.digest_of(
@@ -483,50 +497,25 @@ def make_mnist_m(run, mnist):
 def load_set(run, name, side):
     """The ImageSet of that name in PAIRS: images (N,3,side,side), grey ones in three channels."""
     config, root = run.config, image_data.data_root(run.data_folder)
-    folders = {name: f"folder:{root / name}" for name in ("synnumbers", "synsigns", "gtsrb")}
+    folders = {each: f"folder:{root / each}" for each in ("synnumbers", "synsigns", "gtsrb")}
     folders |= {"own source": config.source, "own target": config.target}
-    folders |= {"mnist-m": f"folder:{config.mnist_m}"} if config.mnist_m else {}
+    if config.mnist_m:
+        folders["mnist-m"] = f"folder:{config.mnist_m}"
     if config.dataset == "embedded" and not name.startswith("own"):
         loaded = run.load("embedded-digits-blended" if name == "mnist-m" else "embedded-digits")
     elif name in folders:
         loaded = run.load(folders[name], side, False, called=name)
+    elif name == "mnist-m":
+        loaded = make_mnist_m(run, run.load("mnist"))
     else:
-        loaded = make_mnist_m(run, run.load("mnist")) if name == "mnist-m" else run.load(name)
-    scale = partial(F.interpolate, size=side, mode="bilinear", antialias=True)
+        loaded = run.load(name)
     for split in (loaded.train, loaded.test):
         if split.images.shape[-1] != side:
-            parts = [scale(part.float()).round().byte() for part in split.images.split(5000)]
-            split.images = torch.cat(parts)
+            parts = [F.interpolate(part.float(), side, mode="bilinear", antialias=True)
+                     for part in split.images.split(5000)]
+            split.images = torch.cat([part.round().byte() for part in parts])
         split.images = split.images.expand(-1, 3, -1, -1)
     return loaded
-
-
-DIGITS = dict(zip("zero one two three four five six seven eight nine".split(), "0123456789"))
-CLASSES = dict.fromkeys(  # of the sets that are no folders, in the order of their labels
-    "mnist mnist-m usps svhn embedded-digits embedded-digits-blended".split(), "0123456789") | {
-    "cifar10": "airplane automobile bird cat deer dog frog horse ship truck".split(),
-    "stl10": "airplane bird automobile cat deer dog horse monkey ship truck".split()}
-
-
-def class_names(data):
-    """What the labels of an ImageSet stand for; digits as numerals."""
-    unnamed = [f"{data.name}'s class {label}" for label in range(data.classes)]
-    names = data.class_names or CLASSES.get(data.name, unnamed)
-    return [DIGITS.get(name.lower(), name) for name in names[:data.classes]]
-
-
-def relabel(source, target):
-    """Give the target the source's label of each class; InputError where class names differ."""
-    names, others = class_names(source), class_names(target)
-    if sorted(names) != sorted(others) or len(set(names)) < len(names):
-        odd = [", ".join(sorted({*these} - {*those})[:5]) or "none"
-               for these, those in ((names, others), (others, names))]
-        raise image_data.InputError(
-            f"source and target have different classes: only in the source {odd[0]}; only in the "
-            f"target {odd[1]}; each class needs a name of its own, the same in both")
-    order = torch.tensor([names.index(name) for name in others]).to(target.train.labels.device)
-    for split in (target.train, target.test):
-        split.labels = order[split.labels]
 
 
 def load_domains(run, pair):
@@ -534,7 +523,7 @@ def load_domains(run, pair):
     *names, _, side = PAIRS[pair]
     run.sha256 = {}  # a record names the data of its own pair
     source, target = (load_set(run, name, side or run.config.image_size) for name in names)
-    relabel(source, target)
+    match_classes(source, target)
     total = sum(each.train.images.sum(0, dtype=torch.int64) for each in (source, target))
     return Domains(source, target, total / (255 * (len(source.train) + len(target.train))))
 
@@ -547,43 +536,6 @@ def project(features):
     return centred @ principal_axes(centred, 2)
 
 
-def tsne(features, generator, perplexity=30.0, iterations=500):
-    """(N,D) -> (N,2): exact t-distributed stochastic neighbour embedding, started from the
-    principal components (van der Maaten and Hinton 2008)."""
-    features, count = features.double(), len(features)
-    distances = torch.cdist(features, features).square().fill_diagonal_(math.inf)
-    low, high = distances.new_zeros(count, 1), distances.new_full((count, 1), math.inf)
-    precision = 1 / distances.sort(1).values[:, :int(perplexity)].mean(1, keepdim=True)
-    for _ in range(50):  # bisection for the precision that gives the perplexity
-        p = torch.softmax(-distances * precision, 1)
-        entropy = -(p * p.clamp_min(1e-300).log()).sum(1, keepdim=True)
-        low = torch.where(entropy > math.log(perplexity), precision, low)
-        high = torch.where(entropy > math.log(perplexity), high, precision)
-        precision = torch.where(high.isinf(), 2 * precision, (low + high) / 2)
-    p = ((p + p.T) / (2 * count)).clamp_min(1e-12)
-    y, velocity = project(features), 0.0
-    y = 1e-4 * (y / y.std(0) + 1e-2 * torch.randn(y.shape, generator=generator, dtype=y.dtype))
-    for step in range(iterations):
-        exaggeration, momentum = (12, 0.5) if step < 100 else (1, 0.8)
-        weights = (1 / (1 + torch.cdist(y, y).square())).fill_diagonal_(0)
-        pull = (exaggeration * p - weights / weights.sum()) * weights
-        gradient = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)
-        velocity = momentum * velocity - count / 12 * gradient
-        y = y + velocity
-    return y.float()
-
-
-def scatter(points, colors, side=360):
-    """(N,2) points and (N,3) colours in 0..1 -> picture (3,side,side) of 3 x 3 dots on white."""
-    low, high = points.min(0).values, points.max(0).values
-    x, y = ((points - low) / (high - low).clamp_min(1e-12) * (side - 9) + 3).long().T
-    picture = torch.ones(3, side, side)
-    for down in range(3):
-        for right in range(3):
-            picture[:, y + down, x + right] = colors.T
-    return picture
-
-
 def figures(run, data, pair):
     """Digits of both domains; source (blue) and target (red) features without and with DANN."""
     digits = torch.stack([data.source.train.images[:32], data.target.train.images[:32]], 1)
@@ -591,20 +543,21 @@ def figures(run, data, pair):
     count = min(300, *map(len, tests))
     colors = torch.tensor([[0.1, 0.3, 0.9], [0.9, 0.2, 0.1]]).repeat_interleave(count, 0)
     order = torch.randperm(2 * count, generator=run.stream("figures"))  # neither covers the other
-    pca, embeddings = [], []
+    by_axes, by_tsne = [], []
     for method in ("source-only", "dann"):
         model = pretrain(run, data, run.config, f"{pair}/{method}").model
-        points = torch.cat([encode_split(model, test.take(range(count))) for test in tests]).cpu()
-        pca.append(scatter(project(points)[order], colors[order]))
-        embeddings.append(scatter(tsne(points, run.stream("tsne"))[order], colors[order]))
+        x = torch.cat([encode_split(model, test.take(range(count))) for test in tests]).cpu()
+        by_axes.append(scatter.draw(project(x)[order], colors[order]))
+        points = scatter.tsne(x.double(), project(x.double()), run.stream("tsne")).float()
+        by_tsne.append(scatter.draw(points[order], colors[order]))
     file = f"{run.suite}/{run.paper}"
     save_image(digits.flatten(0, 1).float() / 255, f"{file}_digits.png", nrow=16, padding=1)
-    save_image(pca, f"{file}_pca.png", padding=4)
-    save_image(embeddings, f"{file}_tsne.png", padding=4)
+    save_image(by_axes, f"{file}_pca.png", padding=4)
+    save_image(by_tsne, f"{file}_tsne.png", padding=4)
 
 
 def rows(config):
-    """The rows that make sense: of your own domains, of drawn digits, or all but your own."""
+    """Globs of the rows that settings allow: own domains, drawn digits, or all but own domains."""
     if config.source:
         return ["own/*"]
     pairs = ["mnist-mnistm"] if config.dataset == "embedded" else set(PAIRS) - {"own"}

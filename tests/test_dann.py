@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from papers import dann
 from replicate import records as run_records
-from replicate import trainer
+from replicate import scatter, trainer
+from replicate.classes import CLASSES
 from replicate.data import ImageSet, InputError, Resident
 
 DECLARED = run_records.read_declared(dann.__file__)
@@ -431,7 +432,7 @@ def test_tsne_keeps_two_clusters_apart():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(120, 10, generator=generator)
     features[60:] += 8
-    places = dann.tsne(features, generator, perplexity=15, iterations=250)
+    places = scatter.tsne(features, features[:, :2], generator, perplexity=15, iterations=250)
     near = torch.cdist(places, places).fill_diagonal_(math.inf).argmin(1)
     assert places.shape == (120, 2) and ((near < 60) == (torch.arange(120) < 60)).float().mean() > 0.95
 
@@ -566,7 +567,7 @@ def test_equal_classes_get_equal_labels(tmp_path, write_packed, monkeypatch, sou
     monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
     names, shapes = [], {"mnist": (28, 28, 1), "usps": (16, 16, 1), "stl10": (96, 96, 3)}
     if source == "cifar10":
-        target = [*dann.CLASSES["stl10"]]
+        target = [*CLASSES["stl10"]]
         target[target.index("monkey")] = "frog"
     for name, classes in (("a", source), ("b", target)):
         if isinstance(classes, str) and classes != "0123456789":
@@ -587,7 +588,7 @@ def test_equal_classes_get_equal_labels(tmp_path, write_packed, monkeypatch, sou
                 labels |= {int(image.max()) // 20: int(label)
                            for image, label in zip(split.images, split.labels)}
     if source == "cifar10":
-        assert labels == {k: dann.CLASSES["cifar10"].index(each) for k, each in enumerate(target)}
+        assert labels == {k: CLASSES["cifar10"].index(each) for k, each in enumerate(target)}
     elif source == WORDS:
         if target == "mnist":
             assert domains.target.train.labels.tolist()[:10] == [
