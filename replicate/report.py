@@ -496,7 +496,8 @@ def render_block(suites):
     for scale in list(SCALES)[::-1]:
         for view in suites.get(scale, []):
             if any(view.rows[row]["values"] for row in view.headline):
-                table[view.stem] = [f"[{short_name(view)}](results/{scale}/{view.stem}.md)", scale,
+                table[view.stem] = [f"[{short_name(view)}](papers/{view.stem}.py)",
+                                    f"[{scale}](results/{scale}/{view.stem}.md)",
                                     headline_text(view), verdict_text(view)]
     lines = make_table(["paper", "scale", "mean ± sd over seeds", "claims"],
                        [table[stem] for stem in sorted(table)])

@@ -141,9 +141,10 @@ def choose_scale(papers, data="", device="auto", dataset=""):
         if not missing:
             return "full", f"a CUDA GPU is visible, and the data are there: {', '.join(wanted)}"
         why = f"a CUDA GPU is visible, but {', '.join(missing)} not in {root}"
-    if lacking:
-        return "smoke", f"{why}, and {', '.join(lacking)} has no scale demo; its numbers mean nothing"
-    return "demo", f"{why}, so images drawn by the code: no download, minutes a paper"
+    if len(lacking) == len(papers):
+        return "smoke", f"{why}, and there is no scale demo; its numbers mean nothing"
+    without = f" (not {', '.join(lacking)}, which has no such scale)" * bool(lacking)
+    return "demo", f"{why}, so images drawn by the code: no download, minutes a paper{without}"
 
 
 # The end

@@ -283,7 +283,8 @@ def test_the_table_in_the_readme_follows_from_the_records(project):
     add(project, "ours/deep", 0, 88.25)
     assert "wrote README.md" in write_tables(project / "results", project / "papers")
     text = readme.read_text()
-    assert "| [Demo 2020](results/small/demo.md) | small | ours/deep 88.2 | 0 / 0 / 2" in text
+    assert ("| [Demo 2020](papers/demo.py) | [small](results/small/demo.md) | ours/deep 88.2 | "
+            "0 / 0 / 2 |") in text
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     readme.write_text(text.replace("88.2", "98.2"))
     (difference,) = check_tables(project / "results", project / "papers")

@@ -1,5 +1,8 @@
 """run_all.sh as a user calls it: from elsewhere, with spaces in the path, without a network."""
+import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -7,6 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
+import yaml
+from conftest import write_folder
+from PIL import Image
+
+from replicate import records, terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["gidaris_rotation", "--rows", "random/block2/knn"]
@@ -49,24 +59,98 @@ def test_smoke_from_another_folder_with_spaces_and_no_network(clone, tmp_path):
     assert result.returncode == 0, result.stderr
     # everything lands beside run_all.sh
     assert [path.name for path in tmp_path.rglob("*")] == ["papers", "gidaris_rotation.py"]
-    table = (clone / "results" / "smoke" / "gidaris_rotation.md").read_text()
-    assert "random/block2/knn" in table and "not run" in table
-    assert run_all("tables", "--check", folder=clone, cwd=tmp_path).returncode == 0
+    table = (clone / "out" / "smoke" / "gidaris_rotation.md").read_text()
+    assert "random/block2/knn" in table and "not run" in table and not (clone / "results").exists()
+    check = ("tables", "--check", "--results", str(clone / "out"))
+    assert run_all(*check, folder=clone, cwd=tmp_path).returncode == 0
     again = run_all("smoke", *QUICK, folder=clone)
     assert "nothing to do" in again.stdout
+    *_, page, _, everything, following = again.stdout.splitlines()
+    assert page.strip() == "out/smoke/gidaris_rotation.md"
+    assert everything == "All pages: out/README.md" and following.startswith("Next: ./run_all.sh ")
 
 
-def test_without_a_scale_it_picks_one_and_says_so(clone, tmp_path):
-    (tmp_path / "data" / "packed").mkdir(parents=True)
-    # there, as far as choosing goes
-    (tmp_path / "data" / "packed" / "cifar10.npz").write_bytes(b"")
-    result = run_all("plan", *QUICK, folder=clone, REPLICATE_DATA=str(tmp_path / "data"),
-                     CUDA_VISIBLE_DEVICES="")
-    assert "scale small: no CUDA GPU in use" in result.stderr
-    assert "cifar10 (on disk)" in result.stderr
-    result = run_all("--data", "embedded", "--plan", *QUICK, folder=clone, CUDA_VISIBLE_DEVICES="")
-    assert result.returncode == 0 and "scale small" in result.stderr
-    assert "minutes a seed" in result.stdout
+@pytest.fixture
+def demo(tmp_path, monkeypatch):
+    """A made-up project with two papers, of which one has a scale demo and records."""
+    monkeypatch.setattr(terminal, "ROOT", tmp_path)
+    (tmp_path / "papers").mkdir()
+    for name, scales in (("one", "{smoke: , demo: , small: , full: }"), ("two", "{smoke: , full: }")):
+        (tmp_path / f"papers/{name}.py").write_text("")
+        (tmp_path / f"papers/{name}.yaml").write_text(f"""
+title: "Somebody (2020): {name}."
+scales: {scales}
+headline: [a, b]
+rows: {{a: {{paper: 80, where: x}}, b: {{where: y}}}}
+claims: {{c: {{test: a > b, where: x, text: A beats b}}}}
+""")
+    for suite, part, shift in (("demo", "results", 0), ("demo", "out", 1), ("small", "results", 0)):
+        for seed in range(3):
+            for row, value in (("a", 70), ("b", 60)):
+                seconds = {"demo": 10.0, "small": 3600.0}[suite] * (3 if part == "out" else 1)
+                seconds += 0.2 * (row == "b")
+                records.append(tmp_path / part / suite / "one.jsonl", {
+                    "row": row, "seed": seed, "value": value + seed + shift, "status": "ok",
+                    "code": records.code_hash(tmp_path / "papers/one.py"),
+                    "config_hash": "h", "config": {}, "seconds": seconds, "trainings": {},
+                    "data": {"cifar10": "1"} if suite == "small" else {}})
+    return tmp_path
+
+
+def test_without_a_scale_it_is_demo_or_full_with_a_gpu_and_the_data(demo, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    root = str(tmp_path)
+    scale, reason = terminal.choose_scale(["one", "two"], root)
+    assert scale == "demo" and "no CUDA GPU" in reason and "two, which has no such" in reason
+    assert terminal.choose_scale(["two"], root)[0] == "smoke"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    scale, reason = terminal.choose_scale(["one"], root)
+    assert scale == "demo" and f"cifar10 not in {root}" in reason  # nothing is downloaded unasked
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed/cifar10.npz").write_bytes(b"")  # there, as far as choosing goes
+    scale, reason = terminal.choose_scale(["one"], root)
+    assert scale == "full" and "the data are there: cifar10" in reason
+    assert terminal.choose_scale(["one"], root, "cpu")[0] == "demo"
+    assert terminal.choose_scale(["one"], "embedded")[0] == "demo"
+    assert terminal.choose_scale(["one"], "", "auto", "folder:x")[0] == "full"
+    with pytest.raises(records.InputError, match="no data folder"):
+        terminal.choose_scale(["one"], str(tmp_path / "none"))
+
+
+def test_the_summary_says_how_yours_lie_and_what_comes_next(demo, monkeypatch, capsys):
+    monkeypatch.setenv("REPLICATE_DATA", str(demo))
+    monkeypatch.chdir(demo)
+    ledger = demo / "ledger"
+    for _ in range(2):  # seed by seed
+        records.append(ledger, {"paper": "one", "scale": "demo", "rows": 0, "seconds": 0.0,
+                                "suite": str(demo / "out" / "demo")})
+    assert terminal.main(["end", str(ledger)]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "", "Somebody (2020)",
+        "a 72.00 ± 1.00 (3) paper 80 reference 71.00 ± 1.00 (3), yours inside its spread",
+        "b 62.00 ± 1.00 (3) paper – reference 61.00 ± 1.00 (3), yours inside its spread",
+        "the paper's claims: 1 reproduced, 0 contradicted, 0 open (reference: 1 / 0 / 0)",
+        "out/demo/one.md", "", "All pages: out/README.md",
+        # two hours where the reference was made, on a machine that is three times as slow
+        "Next: ./run_all.sh small one: about 6.0 hours a seed on this machine, 0.2 GB to download"]
+
+
+def test_a_plan_sums_up_trainings_once_and_stays_short():
+    class Run:
+        paper = "one"
+        costs = [(["rotnet/x", "rotnet/y"], 30.0, {"rotnet": 600.0}, 800.0),
+                 (["rotnet/z"], 60.0, {"rotnet": 600.0, "head": 60.0}, 900.0),
+                 *[([f"other{number}"], 6.0, {}, 100.0) for number in range(9)]]
+    first, *lines = terminal.plan_lines(Run, 7)
+    assert first == "one: 12 rows to do, 7 recorded already, 13.4 min a seed"
+    assert [line.split() for line in lines[:2]] == [
+        ["rotnet", "3", "rows", "12.5", "min", "900", "MB"],
+        ["other0", "1", "row", "0.1", "min", "100", "MB"]]
+    assert lines[-1].split() == ["6", "other", "groups", "6", "rows", "0.6", "min", "100", "MB"]
+    assert len(lines) == terminal.GROUPS
+    assert terminal.sum_up_plan([{"seconds": 804.0, "rows": 12}] * 2, 3)[0].startswith(
+        "in all: 24 rows, 26.8 min a seed, 80.4 min for 3 seeds")
 
 
 @pytest.mark.parametrize("arguments,message", [
@@ -133,14 +217,12 @@ def test_jobs_run_side_by_side_with_their_share_of_the_cores(clone, tmp_path):
 
 
 def test_options_with_equal_signs_and_the_device_reach_the_choice(clone, tmp_path):
-    (tmp_path / "data" / "packed").mkdir(parents=True)
-    (tmp_path / "data" / "packed" / "cifar10.npz").write_bytes(b"")
-    result = run_all(f"--data={tmp_path / 'data'}", "--device=cpu", "--rows=nothing",
-                     "gidaris_rotation", folder=clone)
-    assert "scale small" in result.stderr and result.returncode == 2
+    result = run_all(f"--data={tmp_path}", "--device=cpu", "--rows=nothing", "gidaris_rotation",
+                     folder=clone)
+    assert "no CUDA GPU in use" in result.stderr and result.returncode == 2
     assert "no row matches 'nothing'" in result.stderr
     result = run_all("--set=dataset=embedded", "--rows=nothing", "gidaris_rotation", folder=clone)
-    assert "embedded (on disk)" in result.stderr
+    assert "drawn images were asked for" in result.stderr
 
 
 def test_a_terminated_run_all_takes_its_child_along(clone, tmp_path):
@@ -162,3 +244,63 @@ def test_a_terminated_run_all_takes_its_child_along(clone, tmp_path):
             process.kill()
         assert process.returncode == 130 and "interrupted: the same command goes on" in error
     assert "resumed at step" in output
+
+
+# Every command of README, on tiny copies of the scales
+KEPT = {"gidaris_rotation": ["random/conv", "rotnet4/conv"], "swav": ["swav/knn20"],
+        "zhang_colorization": ["full/auc-raw"], "dann": ["moons/source-only", "own/source-only"],
+        "mirrored": ["*"]}
+ELSEWHERE = {"./run_all.sh bench": "test_bench.py"}
+
+
+def commands_of(readme):
+    """The lines of its blocks of commands."""
+    blocks = re.findall(r"^```\n(.*?)^```$", readme, re.M | re.S)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def test_every_command_of_the_readme_runs(clone, tmp_path, seventh):
+    folder = tmp_path / "clone"
+    shutil.copytree(clone, folder, ignore=shutil.ignore_patterns("out", "runs"))
+    shutil.copy(ROOT / "README.md", folder)
+    (folder / "tests").mkdir()
+    (folder / "tests" / "test_x.py").write_text("def test_x():\n    pass\n" * 4)
+    (folder / "results").mkdir()
+    for suffix in (".py", ".yaml"):
+        shutil.copy(Path(seventh.__file__).with_suffix(suffix), folder / "papers")
+    for path in (folder / "papers").glob("*.yaml"):
+        if path.stem not in KEPT:
+            path.unlink()
+            continue
+        declared = yaml.safe_load(path.read_text())
+        tiny = {**declared["scales"]["smoke"], "rows": KEPT[path.stem], "seeds": [0]}
+        declared["scales"] = dict.fromkeys(("smoke", "demo", "small", "full", "paper"), tiny)
+        path.write_text(yaml.safe_dump(declared, sort_keys=False))
+    for name, level in (("pictures", 0), ("photos", 0), ("sketches", 60)):
+        write_folder(folder / name, counts=(400, 20), size=(20, 24), level=level)
+    Image.new("RGB", (40, 30), "gray").save(folder / "old_photo.jpg")
+    torch.save(torchvision.models.resnet18().state_dict(), folder / "resnet18.pth")
+    python = shlex.quote(sys.executable)
+    tiny = {"torchrun --nproc_per_node=8": f"{python} -m torch.distributed.run --nproc_per_node=2",
+            "python -m": f"{python} -m", " DIR": " ."}
+    found = commands_of((ROOT / "README.md").read_text())
+    assert len(found) > 15
+    for command in found:
+        if command in ELSEWHERE:
+            assert (ROOT / "tests" / ELSEWHERE[command]).exists()
+            continue
+        short = command
+        for long, brief in tiny.items():
+            short = short.replace(long, brief)
+        if command != found[0] and re.fullmatch(r"./run_all.sh (plan )?small( --jobs 2)?", short):
+            short += " mirrored"  # the first command has run all of them
+        if re.match(r"./run_all.sh(?! test| tables| plan)", short) and "--seeds" not in short:
+            short += " --seeds 0"
+        start = time.time()
+        done = subprocess.run(short, shell=True, cwd=folder, text=True, capture_output=True,
+                              timeout=400, env={**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""})
+        print(f"{time.time() - start:6.1f} s  {short}", flush=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert (folder / "colored.png").exists() and (folder / "swav.pt").exists()
+    suites = {path.parent.name for path in (folder / "out").glob("*/*.jsonl")}
+    assert {"demo", "small", "small-custom", "paper"} <= suites
