@@ -85,7 +85,8 @@ def plan_lines(run, recorded):
                                         max(each[2] for each in rest)])]
     done = f", {recorded} recorded already" * bool(recorded)
     rows = sum(each[0] for _, each in ordered)
-    lines = [f"{run.paper}: {report.count(rows, 'row')} to do{done}, "
+    data = f" on {', '.join(run.sha256)}" if run.sha256 else ""
+    lines = [f"{run.paper}{data}: {report.count(rows, 'row')} to do{done}, "
              f"{show_time(seconds_of(run.costs))} a seed"]
     return lines + [f"  {name:<24} {report.count(number, 'row'):>8} {show_time(seconds):>10} "
                     f"{memory:6.0f} MB" for name, (number, seconds, memory) in ordered]

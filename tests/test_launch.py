@@ -130,16 +130,16 @@ def test_a_plan_writes_nothing_and_prints_minutes_and_memory(tmp_path, seventh, 
     assert seventh.main([*tiny, "--plan", *folders]) == 0
     out = capsys.readouterr().out
     first, *lines = out.splitlines()
-    assert first.startswith("mirrored: 2 rows to do, ") and first.endswith("min a seed")
+    assert first.startswith("mirrored on cifar10: 2 rows to do, ") and first.endswith("min a seed")
     assert [line.split()[:3] for line in lines] == [["mirrored", "1", "row"], ["random", "1", "row"]]
     assert all(" min " in line and line.endswith(" MB") for line in lines)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
     assert seventh.main([*tiny, "--rows", "random/*", *folders]) == 0
     capsys.readouterr()
     assert seventh.main([*tiny, "--plan", *folders]) == 0  # what is recorded is not timed
-    assert "mirrored: 1 row to do, 1 recorded already, " in capsys.readouterr().out
+    assert "mirrored on cifar10: 1 row to do, 1 recorded already, " in capsys.readouterr().out
     assert seventh.main([*tiny, "--plan", "--force", *folders]) == 0
-    assert "mirrored: 2 rows to do, " in capsys.readouterr().out
+    assert "mirrored on cifar10: 2 rows to do, " in capsys.readouterr().out
 
 
 def test_a_quiet_run_prints_results_and_errors(seventh, capsys, folders, tiny):

@@ -138,12 +138,12 @@ def test_the_summary_says_how_yours_lie_and_what_comes_next(demo, monkeypatch, c
 
 def test_a_plan_sums_up_trainings_once_and_stays_short():
     class Run:
-        paper = "one"
+        paper, sha256 = "one", {"cifar10": "abc"}
         costs = [(["rotnet/x", "rotnet/y"], 30.0, {"rotnet": 600.0}, 800.0),
                  (["rotnet/z"], 60.0, {"rotnet": 600.0, "head": 60.0}, 900.0),
                  *[([f"other{number}"], 6.0, {}, 100.0) for number in range(9)]]
     first, *lines = terminal.plan_lines(Run, 7)
-    assert first == "one: 12 rows to do, 7 recorded already, 13.4 min a seed"
+    assert first == "one on cifar10: 12 rows to do, 7 recorded already, 13.4 min a seed"
     assert [line.split() for line in lines[:2]] == [
         ["rotnet", "3", "rows", "12.5", "min", "900", "MB"],
         ["other0", "1", "row", "0.1", "min", "100", "MB"]]
