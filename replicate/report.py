@@ -301,7 +301,7 @@ def show_interval(claim):
 def sentence_on_claims(view):
     """What became of a paper's claims, and of ours, in one line."""
     counts = view.verdicts()
-    text = (f"Of the paper's {count(sum(counts), 'claim')} judged here **{counts[0]} reproduced, "
+    text = (f"Of the paper's {count(sum(counts), 'claim')} judged here: **{counts[0]} reproduced, "
             f"{counts[1]} contradicted, {counts[2]} open**")
     if sum(ours := view.verdicts(ours=True)):
         text += f"; of {sum(ours)} of ours {ours[0]}, {ours[1]}, {ours[2]}"
@@ -331,16 +331,17 @@ def render_claims(view):
 
 
 def render_figures(view, curves, pictures):
-    """curves: {file: caption}; pictures: names of PNG files."""
-    captions = {f"{view.stem}_{suffix}.png": caption
+    """Pictures with a caption, curves, then other pictures; curves: {file: (title, caption)}."""
+    captions = {f"{view.stem}_{suffix}.png": (suffix.replace("_", " "), caption)
                 for suffix, caption in view.declared["figures"].items()}
-    named = [name for name in captions if name in pictures]
-    captions = {**{name: captions[name] for name in named}, **curves,
-                **{name: "" for name in pictures if name not in named}}
+    figures = {name: captions[name] for name in captions if name in pictures} | curves
+    for name in pictures:
+        suffix = name.removeprefix(f"{view.stem}_").removesuffix(".png")
+        figures.setdefault(name, (suffix.replace("_", " "), ""))
     lines = []
-    for name, caption in captions.items():
+    for name, (title, caption) in figures.items():
         text = " ".join(caption.split())
-        lines += ["", f"![{text or name}]({name})", *(["", f"*{text}*"] if text else [])]
+        lines += ["", f"![{title}]({name})", *(["", f"*{text}*"] if text else [])]
     return ["", "## Figures", *lines] if lines else []
 
 
@@ -539,7 +540,7 @@ def render_suite(folder, papers):
         curves, published = {}, view.declared["rows"]
         for name, curve in view.declared["curves"].items():
             if charts.lines_of(curve, view.rows, published):
-                curves[f"{stem}_{name}.svg"] = curve.get("caption") or curve["title"]
+                curves[f"{stem}_{name}.svg"] = curve["title"], curve.get("caption", "")
                 files[folder / f"{stem}_{name}.svg"] = charts.draw(curve, view.rows, published)
         longer = tuple(f"{other}_" for other in stems if other.startswith(f"{stem}_"))
         pictures = [path.name for path in sorted(folder.glob(f"{stem}_*.png"))]

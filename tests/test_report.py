@@ -302,9 +302,8 @@ def test_captions_of_pictures_and_curves(project):
     (project / "results/small/demo_more.png").write_bytes(b"")
     figures = page(project).partition("## Figures")[2].partition("##")[0].split("\n\n")
     assert [line for line in figures if line.strip()] == [
-        "![See the edges.](demo_filters.png)", "*See the edges.*",
-        "![Look at the slope.](demo_depth.svg)", "*Look at the slope.*",
-        "![demo_more.png](demo_more.png)"]
+        "![filters](demo_filters.png)", "*See the edges.*",
+        "![Depth & accuracy](demo_depth.svg)", "*Look at the slope.*", "![more](demo_more.png)"]
 
 
 def test_the_bytes_do_not_depend_on_the_order_of_rows_and_seeds(project):
