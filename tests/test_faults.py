@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +31,10 @@ import torch
 from conftest import TALLY
 from PIL import Image
 
-from replicate import data, records, trainer
+from replicate import data, records, report, trainer
 from replicate.records import ROOT
 
 PAPERS = sorted(path.stem for path in (ROOT / "papers").glob("*.yaml"))
-TAKE_PICTURES = [paper for paper in PAPERS if paper != "dann"]  # DANN takes two sets of digits
 ENDS = {0: "as undisturbed", 2: "one line, exit 2", 3: "one line, exit 3", 130: "exit 130"}
 HANGS = 120  # seconds after which a run counts as hanging
 # Rows that train a little and take a second or two with 600 drawn images
@@ -141,7 +141,7 @@ def in_folder(folder):
 def finals(folder, figures=True):
     """What a run leaves that has to be equal byte for byte: its records without times, the weights
     in its checkpoints, its curves and pictures.  Fails on what is half-written."""
-    timed = ("seconds", "peak_memory_mb", "started", "commit", "dirty")
+    timed = ("seconds", "trainings", "peak_memory_mb", "started", "commit", "dirty")
     found = {}
     for path in sorted(Path(folder).rglob("*")):
         name = str(path.relative_to(folder))
@@ -375,3 +375,527 @@ def test_a_disk_that_fails_at_any_write_costs_nothing(paper, tmp_path, undisturb
         assert again == 0 and not err, f"{where}, then {err}"
         assert not differ(finals(tmp_path / "run"), whole), where
         tally(f"disk {kind}", f"{outcome}; then as undisturbed")
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """remount(options): a small file system at tmp_path/disk with other options; skips where this
+    process may not mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(*words):
+        return subprocess.run(["mount", *words, str(place)], capture_output=True).returncode
+
+    if not shutil.which("mount") or mount("-t", "tmpfs", "-o", "size=64m", "tmpfs"):
+        pytest.skip("no file system can be mounted here")
+    yield lambda options: mount("-o", f"remount,{options}")
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_a_disk_that_is_full_costs_nothing(paper, tmp_path, mounted, undisturbed, share, tally):
+    """The same with a file system that is really full, or really read-only, from some point on."""
+    chance, source = random.Random(f"full {paper}"), undisturbed(paper)
+    whole, run = finals(source), tmp_path / "disk"
+    size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
+    for attempt in range(share(paper == "gidaris_rotation", 6)):
+        if before := chance.random() < 0.3:
+            mounted("ro")
+        else:
+            mounted(f"rw,size={chance.randrange(4096, size + 8192)}")
+        status, _, err = call(paper, *budget(paper), *in_folder(run))
+        assert not proper(status, err), proper(status, err)
+        assert not before or status == 2, err
+        mounted("rw,size=64m")
+        assert call(paper, *budget(paper), *in_folder(run))[::2] == (0, "")
+        assert not differ(finals(run), whole)
+        shutil.rmtree(run / "results", ignore_errors=True)
+        shutil.rmtree(run / "runs", ignore_errors=True)
+        tally("a read-only file system" if before else "a full file system",
+              f"{'one line, exit 2' if status else 'a warning'}; then as undisturbed")
+
+
+def test_a_disk_that_fails_leaves_no_half_picture(tmp_path, undisturbed, share, tally):
+    """--colorize: what was made before is whole, the others are made when there is room again."""
+    chance, paper = random.Random("colorize"), "zhang_colorization"
+    runs = undisturbed(paper) / "runs"
+    for number in range(6):
+        name = f"{number} \U0001f408" + [".png", ".jpg", ".webp"][number % 3]
+        put(tmp_path / "in" / f"{number % 2}" / name, saved(["png", "jpeg", "webp"][number % 3]))
+    made, arguments = tmp_path / "made", ["--colorize", tmp_path / "in", tmp_path / "made",
+                                          "--runs", runs, "--device", "cpu"]
+    with Disk(made) as sound:
+        assert call(paper, *arguments)[0] == 0
+    whole = {path: path.read_bytes() for path in made.rglob("*.*")}
+    assert len(whole) == 6
+    for attempt in range(share(2, 30)):
+        shutil.rmtree(made)
+        kind, first = chance.choice([*Disk.KINDS]), chance.randrange(1, sound.writes + 1)
+        with Disk(made, kind, first, chance.random() < 0.7) as disk:
+            status, _, err = call(paper, *arguments)
+        assert not proper(status, err) and (status == 2 or not disk.hit), f"{kind} {first}: {err}"
+        for path in made.rglob("*.*"):
+            assert path.read_bytes() == whole[path], f"{kind} {first}: {path.name} is half-written"
+        assert call(paper, *arguments)[0] in (0, 2)
+        assert {path: path.read_bytes() for path in made.rglob("*.*")} == whole
+        tally("disk while --colorize writes", "one line, exit 2; then as undisturbed"
+              if status else "not met; then as undisturbed")
+
+
+def test_a_disk_that_fails_leaves_no_half_export(tmp_path, share, tally):
+    chance, file = random.Random("export"), tmp_path / "made" / "network.pt"
+    arguments = [*budget("swav"), *in_folder(tmp_path), "--export", file, "--set=width=1",
+                 "--set=network=resnet18", "--set=pretext_epochs=0.06", "--set=batch_size=16"]
+    with Disk(file.parent) as sound:
+        assert call("swav", *arguments)[0] == 0
+    whole = file.read_bytes()
+    for attempt in range(share(1, 10)):
+        old = chance.choice([None, b"an older file"])
+        file.unlink()
+        if old:
+            file.write_bytes(old)
+        kind = chance.choice([*Disk.KINDS])
+        with Disk(file.parent, kind, chance.randrange(1, sound.writes + 1)) as disk:
+            status, _, err = call("swav", *arguments)
+        assert not proper(status, err) and (status == 2 or not disk.hit), f"{kind}: {err}"
+        if status:
+            assert sorted(file.parent.iterdir()) == [file] * bool(old), kind
+            assert not old or file.read_bytes() == old, kind
+        assert call("swav", *arguments)[0] == 0 and file.read_bytes() == whole
+        tally("disk while --export writes", "one line, exit 2; then as undisturbed"
+              if status else "not met")
+
+
+def test_a_disk_that_fails_leaves_no_half_packed_file(tmp_path, share, tally, monkeypatch):
+    """A set that cannot be packed is decoded again next time; the run goes on with a warning."""
+    chance, noise = random.Random("packing"), np.random.default_rng(0)
+    arrays = [noise.integers(0, 256, (60, 16, 16, 1), dtype=np.uint8), np.arange(60) % 10,
+              noise.integers(0, 256, (20, 16, 16, 1), dtype=np.uint8), np.arange(20) % 10]
+    monkeypatch.setattr(data, "_torchvision", lambda name, root, download: arrays)
+    monkeypatch.setitem(data.COUNTS, "usps", (60, 20))
+    root, packed = tmp_path / "data", tmp_path / "data" / "packed"
+    with Disk(root) as sound, contextlib.redirect_stdout(io.StringIO()):
+        sha256 = data.load("usps", root, "cpu").sha256
+    for attempt in range(share(5, 30)):
+        shutil.rmtree(root)
+        kind, said = chance.choice([*Disk.KINDS]), io.StringIO()
+        with (Disk(root, kind, chance.randrange(1, sound.writes + 1), chance.random() < 0.7) as disk,
+              contextlib.redirect_stdout(said)):
+            assert data.load("usps", root, "cpu").sha256 == sha256
+        there = sorted(path.name for path in packed.glob("*") if path.suffix != ".lock")
+        assert there in ([], ["usps.npz"]), there
+        assert there or "could not be written" in said.getvalue(), said.getvalue()
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert data.load("usps", root, "cpu").sha256 == sha256
+        assert [*packed.glob("*.npz")]
+        tally("disk while a set is packed", "packed" if there else
+              "a warning, goes on; then as undisturbed")
+
+
+@pytest.mark.parametrize("fault", ["records", "tables"])
+def test_tables_on_a_disk_that_fails(fault, tmp_path, undisturbed, share, tally):
+    """python -m replicate.report, on a failing disk or with damaged records: whole pages or none."""
+    chance, run = random.Random(f"tables {fault}"), tmp_path / "run"
+    shutil.copytree(undisturbed("gidaris_rotation") / "results", run)
+    lines = [path for path in run.rglob("*.jsonl")]
+
+    def render():
+        for path in run.rglob("*.md"):
+            path.unlink()
+        return report_call(run)
+    before = {path: path.read_bytes() for path in lines}
+    with Disk(run) as sound:
+        assert render()[0] == 0
+    pages = {path: path.read_bytes() for path in run.rglob("*.*") if path.is_file()}
+    for attempt in range(share(4, 40)):
+        if fault == "records":
+            path = chance.choice(lines)
+            what, content = damage(before[path], chance, b"\x80PK\3\4")
+            path.write_bytes(content)
+            status, err = render()
+            assert path.read_bytes() == content, "a page changed the records"
+            path.write_bytes(before[path])
+        else:
+            what = chance.choice([*Disk.KINDS])
+            with Disk(run, what, chance.randrange(1, sound.writes + 1), chance.random() < 0.7):
+                status, err = render()
+            for path in run.rglob("*.*"):
+                assert path.is_dir() or path.read_bytes() == pages[path], f"{what}: {path}"
+        assert status in (0, 2) and "Traceback" not in err and err.count("\n") == (status > 0), err
+        assert render() == (0, "")
+        assert {path: path.read_bytes() for path in pages} == pages
+        tally(f"pages, {'records damaged' if fault == 'records' else 'disk ' + what}",
+              "one line, exit 2; then as undisturbed" if status else "rendered")
+
+
+def report_call(folder):
+    """(status, stderr) of python -m replicate.report --results FOLDER."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = report.main(["--results", str(folder)])
+        except SystemExit as end:
+            status = end.code
+        except BaseException:
+            status = "traceback"
+            traceback.print_exc()
+    return status, err.getvalue()
+
+
+# ---- Files that are damaged ----
+
+def damage(content, chance, other):
+    """(what was done, the bytes of a file after it)."""
+    size, content = len(content), bytearray(content)
+    first, second = sorted(chance.sample(range(size + 1), 2)) if size else (0, 0)
+    kind = chance.choice(["bit flipped", "cut short", "zeroed", "swapped", "rubbish", "doubled"])
+    if kind == "bit flipped" and size:
+        content[min(first, size - 1)] ^= 1 << chance.randrange(8)
+    elif kind == "cut short":
+        del content[first:]
+    elif kind == "zeroed":
+        content[first:second] = bytes(second - first)
+    elif kind == "swapped":
+        content = bytearray(other)
+    elif kind == "rubbish":
+        content[first:second] = chance.randbytes(second - first)
+    else:
+        content += content
+    return kind, bytes(content)
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_damaged_checkpoints_and_records_are_never_trusted(paper, tmp_path, undisturbed, share,
+                                                           tally):
+    """A checkpoint is made anew; of damaged records the others stay, and rows that lack are run."""
+    chance, source = random.Random(f"damage {paper}"), undisturbed(paper)
+    whole, run = finals(source), tmp_path / "run"
+    for attempt in range(share(2, 24)):
+        shutil.copytree(source, run)
+        files = {kind: sorted(run.rglob(f"*.{kind}")) for kind in ("pt", "jsonl")}
+        kind = chance.choice(["pt", "pt", "jsonl"])
+        victim, other = chance.choice(files[kind]), chance.choice(files["pt"])
+        what, content = damage(victim.read_bytes(), chance, other.read_bytes())
+        before = victim.read_bytes()
+        victim.write_bytes(content)
+        if kind == "pt":  # else nothing would read it
+            for path in files["jsonl"]:
+                path.unlink()
+        status, _, err = call(paper, *budget(paper), *in_folder(run))
+        where = f"{victim.name} {what}"
+        assert status == 0 and not proper(status, err), f"{where}: {proper(status, err)}"
+        for path in run.rglob("*.damaged"):
+            path.unlink()
+        if kind == "jsonl":
+            now = victim.read_bytes()
+            assert now.startswith(content.rstrip(b"\n")), f"{where}: a line was lost"
+            kept = {line for line in before.splitlines() if line in content.splitlines()}
+            assert kept <= set(now.splitlines())
+            found, _ = records.read(victim)
+            rows = {(record["row"], record["seed"]) for record in found}
+            assert {(json.loads(line)["row"], 0) for line in before.splitlines()} <= rows, where
+        else:
+            assert not differ(finals(run), whole), f"{where}: {differ(finals(run), whole)}"
+        tally(f"{'checkpoint' if kind == 'pt' else 'records'} {what}", "as undisturbed"
+              if kind == "pt" else "other lines kept, missing rows run again")
+        shutil.rmtree(run)
+
+
+def test_damaged_packed_files_are_set_aside(tmp_path, share, tally, write_packed):
+    """They are never taken: decoded again, or, where nothing is there to decode, one line."""
+    chance = random.Random("packed")
+    shapes = {"cifar10": (32, 32, 3), "svhn": (32, 32, 3), "mnist": (28, 28, 1),
+              "stl10": (96, 96, 3), "usps": (16, 16, 1)}
+    for name, shape in shapes.items():
+        write_packed(tmp_path, name, shape=shape)
+    hashes = {name: data.load(name, tmp_path, "cpu").sha256 for name in shapes}
+    kept = {path: path.read_bytes() for path in (tmp_path / "packed").glob("*.npz")}
+    for attempt in range(share(10, 60)):
+        path, other = chance.choice(list(kept)), chance.choice(list(kept))
+        what, content = damage(kept[path], chance, kept[other])
+        path.write_bytes(content)
+        said, outcome = io.StringIO(), "one line, set aside"
+        with contextlib.redirect_stdout(said):
+            try:
+                got = data.load(path.stem, tmp_path, "cpu").sha256
+                if what == "swapped" and path.stem in ("cifar10", "svhn"):
+                    outcome = "the other set's hash in the record"  # of the same shape
+                    assert got in hashes.values()
+                else:
+                    outcome = "harmless"
+                    assert got == hashes[path.stem], f"{path.name} {what}: other images"
+            except records.InputError as error:
+                aside = path.with_suffix(".npz.damaged")
+                assert aside.read_bytes() == content and "is damaged" in said.getvalue()
+                assert len(str(error).splitlines()) == 1
+                aside.unlink()
+        tally(f"packed file {what}", outcome)
+        path.write_bytes(kept[path])
+
+
+# ---- Settings and command lines ----
+
+ODD = ["", " ", "nan", "inf", "-inf", "-1", "0", "1", "2", "3", "7", "1e-12", "1e400", "1e9", "-0.0",
+       "999999999999", "9223372036854775808", "0.5", "-0.5", "true", "false", "null", "~", "[]",
+       "[1]", "[1, 2, 3]", "[-1, 0]", "[nan]", "[[1]]", "[true]", "{a: 1}", "!!python/name:os.system",
+       "'", '"', "\\", "é", "\U0001f408", "\u202e", "x" * 5000, "../../etc/passwd", "/dev/null",
+       "folder:", "folder:/", "folder:/nonexistent/\U0001f408", "folder:.", "embedded", "mnist",
+       "embedded-digits", "cifar10", "imagenette", "float32", "&a [*a]", "[" * 3000, "2024-01-01",
+       "0x10", "1_000", "1:30", "NO", "3.", ".5", "+7", "1e", "=", "a=b", "*", "[a-", "\udcff"]
+
+
+def odd_setting(config, chance):
+    """key=value with a key that may be unknown and a value that may be of any kind, or near to a
+    good one."""
+    name = chance.choice([*vars(config)])
+    value = getattr(config, name)
+    if chance.random() < 0.5:
+        value = chance.choice(ODD)
+    elif isinstance(value, bool) or isinstance(value, str) or not value:
+        value = chance.choice([not value, value * 2, 1, value])
+    elif isinstance(value, tuple):
+        value = list(chance.choice([value[1:], value * 2, value[::-1], [2 * part for part in value],
+                                    [-part for part in value], [part / 3 for part in value]]))
+    else:
+        value = chance.choice([value * 2, value / 2, value * 10, value // 4, -value, value + 1,
+                               value - 1, value * 1000, float(value)])
+    if chance.random() < 0.05:
+        name = chance.choice([*ODD, name.upper(), name[:-1]])
+    return f"{name}={value}"
+
+
+def odd_command(paper, config, chance, folder):
+    """A command line with one to three things wrong with it, or nothing."""
+    words = [*budget(paper), "--rows", ROWS.get(paper, "*"), *in_folder(folder)]
+    words += ["--plan"] * (chance.random() < 0.8)
+    for _ in range(chance.choice([1, 1, 1, 2, 3])):
+        odd = chance.choice(ODD)
+        words += chance.choice([
+            *[["--set", odd_setting(config, chance)]] * 12, ["--scale", odd], ["--seeds", odd],
+            ["--seeds", chance.choice(["0,0", "0,,1", "1,-1", "1.0", "9" * 30, "0x1", "٣"])],
+            ["--rows", odd], ["--device", odd], ["--data", odd], ["--data", str(folder)],
+            ["--results", odd], ["--runs", "/dev/null"], ["--results", "/proc/x"], ["--set"],
+            ["--set", odd], [f"--{odd}"], [odd], ["--plan", "--force"], ["--help"],
+            ["--colorize", odd, odd], ["--colorize", str(folder), odd], ["--checkpoint", odd],
+            ["--export", odd], ["--evaluate", odd], ["--evaluate", __file__], ["--rows", "*,*"]])
+    return words
+
+
+@contextlib.contextmanager
+def memory_limit(more=3 << 30):
+    """At most so many bytes more than now, so that a huge setting fails and no machine swaps."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + more
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is limited by Linux's")
+@pytest.mark.parametrize("paper", PAPERS)
+def test_no_setting_or_command_line_ends_in_a_traceback(paper, tmp_path, monkeypatch, share, tally):
+    chance = random.Random(f"settings {paper}")
+    script = importlib.import_module(f"papers.{paper}")
+    config, _ = trainer.read_settings(script.Config, ROOT / "papers" / f"{paper}.yaml", "smoke")
+    monkeypatch.setenv("REPLICATE_DATA", str(tmp_path / "data"))
+    faults = []
+    for attempt in range(share(4, 50)):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        words = odd_command(paper, config, chance, folder)
+        with memory_limit():
+            status, _, err = call(paper, *words)
+        short = [word[:60] for word in words[len(budget(paper)):] if str(folder) not in str(word)]
+        if why := proper(status, err):
+            faults.append(f"{paper} {short}: {why}")
+        tally("settings and command lines", ENDS.get(status, status) if status else "runs")
+        shutil.rmtree(folder)
+    assert not faults, f"{len(faults)} faults\n" + "\n\n".join(faults)
+
+
+# ---- Pictures of every kind ----
+
+def sheet(colors=True):
+    """(36,40,3) uint8: a picture whose four quarters differ, to be found again after decoding."""
+    quarters = np.array([[[200, 40, 40], [40, 180, 60]], [[30, 60, 210], [230, 220, 60]]])
+    picture = quarters.repeat(18, 0).repeat(20, 1)
+    return (picture if colors else picture.mean(2, keepdims=True).repeat(3, 2)).astype(np.uint8)
+
+
+def chunk(kind, content):
+    """A chunk of a PNG file."""
+    return (len(content).to_bytes(4) + kind + content
+            + zlib.crc32(kind + content).to_bytes(4))
+
+
+def png(width, height, rows, bits=8, kind=2):
+    """The bytes of a PNG file, of any size and depth, whatever stands in it."""
+    head = width.to_bytes(4) + height.to_bytes(4) + bytes([bits, kind, 0, 0, 0])
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows))
+            + chunk(b"IEND", b""))
+
+
+def saved(kind, picture=None, mode=None, **settings):
+    """The bytes of a picture file, by Pillow."""
+    picture, buffer = Image.fromarray(sheet()) if picture is None else picture, io.BytesIO()
+    (picture.convert(mode) if mode else picture).save(buffer, kind, **settings)
+    return buffer.getvalue()
+
+
+def pictures():
+    """{file name: (content, what is expected)}: "color" and "grey" are decoded to the sheet in
+    those colours, "taken" is some picture, "refused" gets one line, "left out" is passed over.
+    The content is bytes, or a function that makes what is at a path."""
+    grey = Image.fromarray(sheet(colors=False)[..., 0])
+    levels = np.asarray(grey).astype(np.float64)
+    turned, odd_exif = Image.Exif(), Image.Exif()
+    turned[0x0112], odd_exif[0x0112] = 6, 77
+    sideways = Image.fromarray(np.ascontiguousarray(np.rot90(sheet())))
+    clear = Image.fromarray(sheet()).convert("RGBA")
+    deep = b"".join(b"\0" + row.astype(">u2").tobytes() for row in sheet().astype(int) * 257)
+    frames = {"save_all": True, "append_images": [Image.new("RGB", (40, 36), "red")]}
+    whole, jpeg = saved("png"), saved("jpeg", quality=95)
+    broken = bytearray(whole)
+    broken[len(whole) // 2] ^= 4
+    holed = jpeg[:700] + bytes(60) + jpeg[760:]
+    made = {
+        "rgb.png": (whole, "color"), "grey.png": (saved("png", grey), "grey"),
+        "rgba.png": (saved("png", clear), "color"), "la.png": (saved("png", grey, "LA"), "grey"),
+        "palette.png": (saved("png", mode="P"), "color"),
+        "palette clear.png": (saved("png", mode="P", transparency=255), "taken"),
+        "one bit.png": (saved("png", mode="1"), "taken"),
+        "deep grey.png": (saved("png", Image.fromarray((levels * 257).astype(np.uint16))), "grey"),
+        "deep rgb.png": (png(40, 36, deep, bits=16), "color"),
+        "cut.png": (whole[:-60], "refused"), "half.png": (whole[:len(whole) // 2], "refused"),
+        "broken.png": (bytes(broken), "refused"), "no bytes.png": (b"", "refused"),
+        "huge.png": (png(60000, 60000, b""), "refused"), "none.png": (png(0, 0, b""), "refused"),
+        "no rows.png": (png(40, 36, b""), "refused"), "dot.png": (png(1, 1, b"\0" * 4), "refused"),
+        "flat.png": (png(300, 7, b"\0" * 7 * 901), "refused"),
+        "long.png": (png(4000, 8, b"\0" * 8 * 12001), "taken"),
+        "UPPER.PNG": (whole, "color"), "trailing.png": (whole + b"rubbish" * 9, "color"),
+        "a jpeg really.png": (jpeg, "color"),
+        "rgb.jpg": (jpeg, "color"), "grey.jpeg": (saved("jpeg", grey), "grey"),
+        "cmyk.jpg": (saved("jpeg", mode="CMYK", quality=95), "color"),
+        "progressive.jpe": (saved("jpeg", progressive=True, quality=95), "color"),
+        "turned.jpg": (saved("jpeg", sideways, exif=turned, quality=95), "color"),
+        "odd exif.jpg": (saved("jpeg", exif=odd_exif, quality=95), "color"),
+        "rubbish exif.jpg": (saved("jpeg", exif=b"Exif\0\0" + b"\xff" * 40, quality=95), "color"),
+        "worst.jfif": (saved("jpeg", quality=1), "taken"), "cut.jpg": (jpeg[:-300], "refused"),
+        "holed.jpg": (holed, "any"), "text.jpg": (b"not a picture\n", "refused"),
+        "page.jpg": (b"<!DOCTYPE html><html></html>", "refused"),
+        "still.gif": (saved("gif"), "color"), "moving.gif": (saved("gif", **frames), "color"),
+        "clear.gif": (saved("gif", clear), "color"), "cut.gif": (saved("gif")[:90], "any"),
+        "rgb.bmp": (saved("bmp"), "color"), "one bit.bmp": (saved("bmp", mode="1"), "taken"),
+        "cut.bmp": (saved("bmp")[:2000], "refused"),
+        "rgb.tif": (saved("tiff"), "color"), "lzw.tiff": (saved("tiff", compression="tiff_lzw"),
+                                                          "color"),
+        "pages.tif": (saved("tiff", **frames), "color"),
+        "deep.tif": (saved("tiff", Image.fromarray((levels * 257).astype(np.uint16))), "grey"),
+        "float.tif": (saved("tiff", Image.fromarray((levels / 255).astype(np.float32))), "grey"),
+        "nan.tif": (saved("tiff", Image.fromarray(np.full((36, 40), np.nan, np.float32))), "taken"),
+        "inf.tif": (saved("tiff", Image.fromarray(np.full((36, 40), np.inf, np.float32))), "taken"),
+        "cut.tif": (saved("tiff")[:900], "refused"),
+        "rgb.webp": (saved("webp", lossless=True), "color"),
+        "moving.webp": (saved("webp", lossless=True, **frames), "color"),
+        "cut.webp": (saved("webp", lossless=True)[:60], "refused"),
+        "rgb.ppm": (saved("ppm"), "color"), "grey.pgm": (saved("ppm", grey), "grey"),
+        "cut.ppm": (saved("ppm")[:500], "refused"), "negative.ppm": (b"P6 -4 4 255\n", "refused"),
+        "rgb.ico": (saved("ico"), "left out"), "notes.txt": (b"hello", "left out"),
+        "photo.heic": (b"\0\0\0\x18ftypheic", "left out"), "no suffix": (whole, "left out"),
+        ".hidden.png": (whole, "left out"), "._rgb.png": (b"\0\5\x16\7", "left out"),
+        "Thumbs.db": (b"", "left out"), "@eaDir.jpg": (b"", "left out"),
+        "dangling.png": (lambda path: path.symlink_to("/nonexistent/x.png"), "left out"),
+        "itself.png": (lambda path: path.symlink_to(path.name), "left out"),
+        "a folder.png": (lambda path: path.mkdir(), "left out"),
+        "a pipe.png": (lambda path: os.mkfifo(path), "left out"),
+        "\U0001f408 \u202e\u00e9.png": (whole, "color"), " spaces  and 'quotes\".png": (whole, "color"),
+        "two\nlines.png": (whole, "color"), "two\nlines, cut.png": (whole[:90], "refused"),
+        "\U0001f408.jpg": (b"", "refused"), "-rf.png": (whole, "color"), "%s{0}.png": (whole, "color"),
+        "n" * 240 + ".png": (whole, "color"), "bytes \udcff.png": (whole, "color"),
+        "bytes \udcff.jpg": (b"", "refused"), "a:b|c*?.png": (whole, "color")}
+    for kind, name in (("jpeg2000", "rgb.jp2"), ("avif", "rgb.avif")):
+        with contextlib.suppress(KeyError, OSError):  # not in every Pillow
+            made[name] = saved(kind), "color"
+    return made
+
+
+def put(path, content):
+    """Make the file at a path; nothing where this file system takes no such name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError, UnicodeError):
+        content(path) if callable(content) else path.write_bytes(content)
+    return os.path.lexists(path)
+
+
+PICTURE_ROWS = {"gidaris_rotation": "random/block2/knn", "doersch_context": "random/conv4/linear",
+                "noroozi_jigsaw": "random/conv4/linear", "zhang_colorization": "grey/auc-raw",
+                "swav": "random/knn20"}
+
+
+def album(folder, count=20):
+    """A folder of sound pictures of two classes."""
+    random = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in ("cat", "dog \U0001f408"):
+            (folder / part / name).mkdir(parents=True)
+            for number in range(count):
+                noise = random.integers(0, 40, (36, 40, 3), dtype=np.uint8)
+                Image.fromarray(sheet()[::1 - 2 * (name == "cat")] + noise // 2).save(
+                    folder / part / name / f"{number}.png")
+    return folder
+
+
+def test_pictures_are_decoded_as_seen_or_get_one_line(tmp_path, tally):
+    for name, (content, expected) in pictures().items():
+        if not put(tmp_path / name, content):
+            continue
+        if expected != "left out":
+            try:
+                got, status = data.decode(str(tmp_path / name), 32), "decoded"
+                if expected in ("color", "grey"):
+                    wanted = sheet(colors=expected == "color")
+                    corners = [(a, b) for a in (4, 28) for b in (4, 28)]
+                    for y, x in corners:
+                        pixel = wanted[4 if y < 16 else -4, 4 if x < 16 else -4].astype(int)
+                        distance = np.abs(got[:, y, x].numpy() - pixel).max()
+                        assert distance < 25, f"{name}: {got[:, y, x]} where {pixel} is seen"
+                    status = "decoded as seen"
+                assert expected != "refused", f"{name} was taken"
+            except records.InputError as error:
+                assert expected in ("refused", "any"), f"{name}: {error}"
+                status = "one line"
+            tally("picture files", status)
+
+
+@pytest.mark.parametrize("paper", PICTURE_ROWS)
+def test_one_odd_picture_in_an_album_costs_nothing(paper, tmp_path, share, tally, monkeypatch):
+    """The paper runs, or names the picture in one line, and runs when that is gone."""
+    chance = random.Random(f"pictures {paper}")
+    folder, everything = album(tmp_path / "my photos \U0001f408 #2: all"), pictures()
+    options = [*budget(paper), "--rows", PICTURE_ROWS[paper], *in_folder(tmp_path / "out \U0001f408"),
+               "--set", f"dataset=folder:{folder}"]
+    names = [*everything] if share(0, 1) else chance.sample([*everything], 4)
+    for name in names:
+        content, expected = everything[name]
+        part = folder / chance.choice(["train", "test"]) / "cat"
+        if not put(part / name, content):
+            continue
+        streamed = ["--set", "streamed=true"] * (chance.random() < 0.3)
+        status, out, err = call(paper, *options, *streamed, "--force")
+        where = f"{name!r} {streamed}"
+        assert not proper(status, err), f"{where}: {proper(status, err)}"
+        if expected != "any":
+            assert status == (2 if expected == "refused" else 0), f"{where}: {err} {out}"
+        if status == 2:
+            assert err.count("\n") == 1 and "mend or remove it" in err, f"{where}: {err}"
+        assert ("left out: " in out) == (expected == "left out"), f"{where}: {out}"
+        (part / name).rmdir() if name == "a folder.png" else (part / name).unlink()
+        tally("album with an odd picture", ENDS[status] if status else
+              "left out, said so" if expected == "left out" else "runs")
+    status, _, err = call(paper, *options, "--force")
+    assert status == 0 and not err, err
