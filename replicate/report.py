@@ -524,6 +524,11 @@ def is_published(suite):
     return not suite.startswith("smoke") and not suite.endswith("-custom")
 
 
+def warn(lines):
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr)
+
+
 def render_suite(folder, papers):
     """({path: content}, [View, ...]) of one suite folder."""
     files, views = {}, []
@@ -531,11 +536,10 @@ def render_suite(folder, papers):
     for stem in stems:
         if not (papers / f"{stem}.py").exists():
             _, warnings = records.read(folder / f"{stem}.jsonl")
-            print(*warnings, f"{folder.name}/{stem}.jsonl: there is no script {stem}.py, skipped",
-                  sep="\n", file=sys.stderr)
+            warn([*warnings, f"{folder.name}/{stem}.jsonl: there is no script {stem}.py, skipped"])
             continue
         view, warnings = look(folder, stem, papers, reference_of(folder, papers))
-        print(*warnings, sep="\n", end="\n" * bool(warnings), file=sys.stderr)
+        warn(warnings)
         views.append(view)
         curves, published = {}, view.declared["rows"]
         for name, curve in view.declared["curves"].items():
