@@ -34,13 +34,11 @@ Result, small: full/auc-rebalanced 60.7 +- 0.3 against grey/auc-rebalanced 55.0 
 training: 67.3
 """
 import contextlib
-import dataclasses
-import functools
 import itertools
 import math
 import os
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -52,7 +50,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
 from replicate import evaluate, outputs, trainer
-from replicate.launch import launch, pick_device, require_finite, require_whole, tell
+from replicate.launch import launch, pick_device, require_finite, require_whole
 from replicate.outputs import save_image
 
 
@@ -111,25 +109,25 @@ NETWORKS = ("paper", "small", "alexnet")  # as numbered in checkpoints
 
 
 def gamut_bins(step=10):
-    """(Q,2) float32, a then b rising: corners of step x step cells of the ab plane that overlap,
-    with an area, the convex hull of all sRGB colours (Sec. 2.1).  A step of 10 gives the 313."""
+    """(Q,2) float32, a then b rising: corners of step x step cells of the ab plane.  Those cells
+    count that overlap the convex hull of all sRGB colours (Sec. 2.1); step 10 gives the 313."""
     level = torch.arange(0, 256, 5, dtype=torch.float64) / 255
     cube = torch.cartesian_prod(level, level, level)
-    surface = cube[((cube == 0) | (cube == 1)).any(1)]  # it holds the extremes
+    surface = cube[((cube == 0) | (cube == 1)).any(1)]  # the hull's corners are among these
     points = rgb_to_lab(surface[:, :, None, None])[:, 1:, 0, 0]
-    angle = torch.linspace(0, 2 * math.pi, 1801, dtype=torch.float64)[:-1]
+    angle = torch.linspace(0, 2 * math.pi, 1801, dtype=torch.float64)[:-1]  # 1,800 directions
     normals = torch.stack([angle.cos(), angle.sin()], 1)  # (1800, 2)
     extent = torch.cat([(points @ part.T).max(0).values for part in normals.split(100)])
     ticks = step * torch.arange(math.floor(-128 / step), math.ceil(128 / step), dtype=torch.float64)
     offsets = step * torch.cartesian_prod(torch.arange(2), torch.arange(2))
     cells = torch.cartesian_prod(ticks, ticks)[:, None] + offsets  # (M, 4, 2), their corners
-    overlaps = ((cells @ normals.T).min(1).values < extent - 1e-9).all(1)  # no line parts the two
+    overlaps = ((cells @ normals.T).min(1).values < extent - 1e-9).all(1)  # beyond it nowhere
     return cells[overlaps].flatten(0, 1).unique(dim=0).float()
 
 
 def soft_encode(ab, bins, neighbors=5, sigma=5.0, nearest=None):
     """(N,2,H,W) -> (N,Q,H,W): each colour spread over its nearest of bins (Q,2), in proportion to
-    exp(-d^2 / 2 sigma^2) (Sec. 2.1).  nearest: what nearest_bins has found, if it has."""
+    exp(-d^2 / 2 sigma^2) (Sec. 2.1).  nearest: what nearest_bins returns, where it is known."""
     squares, nearest = nearest or nearest_bins(ab, bins, neighbors)  # (N, H, W, k)
     shares = torch.softmax(-squares / (2 * sigma ** 2), 3)
     encoded = torch.zeros(*shares.shape[:3], len(bins), device=ab.device)
@@ -154,20 +152,21 @@ def is_colored(ab):
 
 @dataclass
 class Palette:
-    bins: torch.Tensor          # (Q,2)
-    candidates: torch.Tensor    # a table that finds the nearest of them fast
-    prior: torch.Tensor         # (Q,): how frequent each is in training images
+    bins: torch.Tensor          # (Q,2): the colours that the network tells apart
+    candidates: torch.Tensor    # candidate_bins: where to look for a colour's nearest bins
+    prior: torch.Tensor         # (Q,): how frequent each bin is in training images
 
 
 def make_palette(run, split):
-    """The Palette of a run; frequencies of every fourth pixel, Gaussian-smoothed (Sec. 2.2)."""
+    """The Palette of a run.  The prior counts the bin nearest to every fourth pixel of training
+    images, and is smoothed by a Gaussian in the ab plane (Sec. 2.2)."""
     bins = gamut_bins(run.config.step).to(run.device)
     candidates = candidate_bins(bins, run.config.neighbors)
     counts = torch.ones(len(bins), dtype=torch.int64, device=run.device)  # no frequency is 0
     chosen = torch.linspace(0, len(split) - 1, min(len(split), 10000)).long()
     for images, _ in split.batches(chosen.split(250)):
         ab = rgb_to_lab(images[..., ::STRIDE, ::STRIDE])[:, 1:]
-        nearest = nearest_bins(ab[is_colored(ab)], bins, 1, candidates)[1]
+        _, nearest = nearest_bins(ab[is_colored(ab)], bins, 1, candidates)
         counts += nearest.flatten().bincount(minlength=len(bins))
     if int(counts.sum()) == len(bins):
         raise trainer.InputError(f"all images of '{run.config.dataset}' are grey: nothing to learn")
@@ -176,27 +175,20 @@ def make_palette(run, split):
     return Palette(bins, candidates, prior / prior.sum())
 
 
-def crop_and_flip(images, generator, size):
-    """(N,C,H,W) -> (N,C,size,size): a random crop of each, mirrored in half of the cases."""
-    count, device = len(images), images.device
-    top, left = (torch.rand(count, 1, generator=generator, device=device) * (side - size + 1)
-                 for side in images.shape[-2:])
-    flip = torch.rand(count, 1, generator=generator, device=device) < 0.5
-    window = torch.arange(size, device=device)
-    rows = top.long() + window  # (N, size)
-    columns = left.long() + torch.where(flip, size - 1 - window, window)
-    samples = torch.arange(count, device=device)[:, None, None]
-    return images[samples, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+def encode(ab, config, palette):
+    """(N,2,h,w) -> soft_encode of it (N,Q,h,w), and the nearest bin of each colour (N,h,w)."""
+    found = nearest_bins(ab, palette.bins, config.neighbors, palette.candidates)
+    return soft_encode(ab, palette.bins, sigma=config.sigma, nearest=found), found[1][..., 0]
 
 
-def make_examples(images, generator, config, palette, weights):
-    """(N,3,S,S) uint8, weights (Q,) of colours -> lightness (N,1,s,s) less 50; for every fourth
-    pixel the colour (N,2,s/4,s/4), its encoding (N,Q,s/4,s/4) and its weight (N,s/4,s/4)."""
+def make_examples(images, generator, config, palette, bin_weights):
+    """(N,3,S,S) uint8, weights (Q,) of the bins -> what the network sees, lightness less 50
+    (N,1,s,s), and for every fourth pixel its colour (N,2,s/4,s/4), this colour's encoding
+    (N,Q,s/4,s/4) and its weight in the loss (N,s/4,s/4), 0 in images without colours."""
     lab = rgb_to_lab(crop_and_flip(images, generator, config.crop_size))
     ab = lab[:, 1:, ::STRIDE, ::STRIDE]
-    nearest = nearest_bins(ab, palette.bins, config.neighbors, palette.candidates)
-    encoded = soft_encode(ab, palette.bins, sigma=config.sigma, nearest=nearest)
-    weights = weights[nearest[1][..., 0]] * is_colored(lab[:, 1:])[:, None, None]
+    encoded, nearest = encode(ab, config, palette)
+    weights = bin_weights[nearest] * is_colored(lab[:, 1:])[:, None, None]
     return lab[:, :1] - 50, ab, encoded, weights
 
 
@@ -206,14 +198,15 @@ def convolutions(count, inputs, outputs, stride=1, dilation=1):
     """3 x 3 convolutions and ReLUs, the stride in the last; batch-norm without scale and shift."""
     layers = []
     for number in range(1, count + 1):
-        step = stride if number == count else 1
-        layers += [nn.Conv2d(inputs, outputs, 3, step, dilation, dilation), nn.ReLU()]
+        own_stride = stride if number == count else 1
+        layers += [nn.Conv2d(inputs, outputs, 3, own_stride, dilation, dilation), nn.ReLU()]
         inputs = outputs
     return nn.Sequential(*layers, nn.BatchNorm2d(outputs, affine=False))
 
 
 def main_network(width, inputs, outputs, two=2, three=3):
-    """[block 1, ..., block 7], the head (block 8 and the colours), and the channels of block 7."""
+    """[block 1, ..., block 7], the head (block 8 and the scores), and the channels of block 7.
+    two, three: how many convolutions those blocks have that have as many in the paper."""
     c64, c128, c256, c512 = (max(8, 2 * round(c * width / 2)) for c in (64, 128, 256, 512))
     blocks = [
         convolutions(two, inputs, c64, stride=2),       # 1/2 of the image's side
@@ -230,14 +223,14 @@ def main_network(width, inputs, outputs, two=2, three=3):
 
 
 class ColorizationNetwork(nn.Module):
-    """Lightness less 50 (N,1,H,W) -> scores (N,Q,H/4,W/4) of the colours bins (Q,2), or with loss
-    l2 colours (N,2,H/4,W/4) in tens.  inputs: 3 for a control that sees colours."""
+    """Lightness less 50 (N,1,H,W) -> scores (N,Q,H/4,W/4) of the colours bins (Q,2); with loss "l2"
+    the colours themselves (N,2,H/4,W/4), in tens.  inputs: 3 for a control that sees colours."""
 
     def __init__(self, network="paper", width=1.0, bins=None, loss="classification", inputs=1,
                  image_size=256):
         super().__init__()
         self.register_buffer("bins", gamut_bins() if bins is None else bins.clone())
-        self.register_buffer("architecture", torch.tensor(  # to build it again from a checkpoint
+        self.register_buffer("architecture", torch.tensor(  # from which load_colorizer builds it
             [NETWORKS.index(network), width, loss == "l2", image_size]))
         outputs = 2 if loss == "l2" else len(self.bins)
         if network == "alexnet":
@@ -274,8 +267,8 @@ def initialize(layer):
 # ---- Objective ----
 
 def classification_loss(scores, encoded, weights):
-    """Cross-entropy with soft targets, each pixel times its weight (Eq. 2), and its unweighted mean
-    over pixels that have one.  scores, encoded (N,Q,h,w), weights (N,h,w)."""
+    """Scores, encoded (N,Q,h,w), weights (N,h,w) -> cross-entropy with soft targets, each pixel
+    times its weight (Eq. 2), and its unweighted mean over the pixels with a weight."""
     scores, targets = (x.permute(0, 2, 3, 1).flatten(0, 2) for x in (scores.float(), encoded))
     entropies = -(scores.log_softmax(1) * targets).sum(1).view(weights.shape)
     taught = (weights > 0).float()
@@ -288,32 +281,32 @@ def regression_loss(predicted, ab, weights):
     return {"loss": 0.5 * (weights * (predicted.float() - ab / 10).square().sum(1)).mean()}
 
 
-# ---- Pre-training ----
-
-VARIANTS = {  # name -> settings that differ
-    "l2": {"loss": "l2"}, "class": {"mix": 1.0}, "full": {}, "alexnet": {"network": "alexnet"}}
-
-
-def make_optimizer(config, parameters):
+def make_optimizer(config, model):
     """Adam; run.fit sets the learning rate at every step."""
-    return torch.optim.Adam(parameters, betas=(config.momentum, config.second_momentum),
+    return torch.optim.Adam(model.parameters(), betas=(config.momentum, config.second_momentum),
                             weight_decay=config.weight_decay)
 
 
+# ---- Pre-training ----
+
+VARIANTS = {  # of the network: name -> settings that differ from the run's
+    "full": {}, "class": {"mix": 1.0}, "l2": {"loss": "l2"}, "alexnet": {"network": "alexnet"}}
+
+
 def pretrain(run, data, config, name, palette):
-    """-> Trained ColorizationNetwork; config is the run's, or that of one of the VARIANTS."""
+    """-> Trained ColorizationNetwork.  config: that of one of the VARIANTS."""
     model = run.build(ColorizationNetwork, config.network, config.width, palette.bins, config.loss,
                       1, config.image_size)
-    prepare = functools.partial(make_examples, config=config, palette=palette,
-                                weights=rebalancing_weights(palette.prior, config.mix))
+    examples = partial(make_examples, config=config, palette=palette,
+                       bin_weights=rebalancing_weights(palette.prior, config.mix))
     if config.rescaled:  # by the same images on every rank
         first = torch.arange(min(config.batch_size, len(data.unlabeled)))
         images, _ = next(data.unlabeled.batches([first]))
-        rescale(model, prepare(images, run.stream("rescale", 0, run.device))[0])
+        rescale(model, examples(images, run.stream("rescale", 0, run.device))[0])
 
     def loss(batch, step):
         images, _ = batch  # the class labels stay unused
-        lightness, ab, encoded, weights = run.augment(prepare, images, "augment", step)
+        lightness, ab, encoded, weights = run.augment(examples, images, "augment", step)
         scores = model(lightness.contiguous(memory_format=torch.channels_last))
         if config.loss == "l2":
             return regression_loss(scores, ab, (weights > 0).float())
@@ -324,12 +317,13 @@ def pretrain(run, data, config, name, palette):
         rate = trainer.stepped(config.pretext_rate, config.pretext_drops, 10 ** -0.5)
     return run.fit(name, model, loss, run.shuffled(data.unlabeled, config.batch_size, "pretext"),
                    steps=trainer.steps_in(config, config.pretext_epochs, data.unlabeled),
-                   optimizer=make_optimizer(config, model.parameters()), rate=rate,
+                   optimizer=make_optimizer(config, model), rate=rate,
                    chance=None if config.loss == "l2" else math.log(len(palette.bins)))
 
 
 # ---- Evaluation ----
 
+# A colorizer is a function: pictures (N,3,H,W) in Lab -> their colours (a, b), (N,2,H,W).
 CONTROLS = ("truth", "grey", "random-colors", "prior-mode", "centre", "prior")  # without a network
 
 
@@ -342,7 +336,7 @@ def network_scores(autocast, model, lab):
 
 
 def network_colors(autocast, model, temperature, lab, size=None):
-    """Pictures (N,3,H,W) in Lab -> their colours (N,2,H,W), or at another size, by a network."""
+    """A network's colorizer; size: (rows, columns) of the colours, if not those of the pictures."""
     scores = network_scores(autocast, model, lab)
     with torch.autocast(lab.device.type, enabled=False):  # bfloat16 would be a level off
         ab = 10 * scores if scores.shape[1] == 2 else annealed_mean(scores, model.bins, temperature)
@@ -350,12 +344,22 @@ def network_colors(autocast, model, temperature, lab, size=None):
 
 
 def control_colors(name, palette, others, lab):
-    """Pictures (N,3,H,W) in Lab -> colours (N,2,H,W) by a control; others: batches of images."""
-    if name == "random-colors":
-        return rgb_to_lab(next(others)[0][:len(lab)])[:, 1:]
-    fixed = {"grey": torch.zeros_like(palette.bins[0]), "centre": palette.bins.mean(0),
-             "prior-mode": palette.bins[palette.prior.argmax()]}  # the most frequent colour
-    return lab[:, 1:] if name == "truth" else fixed[name].view(1, 2, 1, 1).expand_as(lab[:, 1:])
+    """The colorizer of a control; others: batches of training images, for random-colors."""
+    if name in ("truth", "random-colors"):
+        return (lab if name == "truth" else rgb_to_lab(next(others)[0][:len(lab)]))[:, 1:]
+    color = {"grey": torch.zeros_like(palette.bins[0]), "centre": palette.bins.mean(0),
+             "prior-mode": palette.bins[palette.prior.argmax()]}[name]
+    return color.view(1, 2, 1, 1).expand_as(lab[:, 1:])
+
+
+def make_colorizer(run, data, palette, name, model):
+    """The colorizer of a network, or of the control `name` where there is none."""
+    if model:
+        return partial(network_colors, run.autocast, model, run.config.temperature)
+    draws = run.stream("random colors")
+    others = data.train.batches(torch.randint(len(data.train), (100,), generator=draws)
+                                for _ in itertools.count())
+    return partial(control_colors, name, palette, others)
 
 
 def color_auc(predicted_ab, true_ab, weights=None):
@@ -373,28 +377,29 @@ def colored_pictures(test):
 
 
 def color_measures(name, colorizer, palette, test):
-    """{name/auc-raw, name/auc-rebalanced: percent, name/chroma-ratio} of a function that colours
-    pictures; rebalanced: pixels count by the rarity of their colour in train images."""
-    rarity, sums = rebalancing_weights(palette.prior, mix=0.0), torch.zeros(6, dtype=torch.float64)
+    """{name/auc-raw and name/auc-rebalanced: percent, name/chroma-ratio: chroma over the true one}
+    of a colorizer; rebalanced: a pixel counts by the rarity of its colour in train images."""
+    rarity = rebalancing_weights(palette.prior, mix=0.0)
+    raw = rebalanced = pixels = total_weight = chroma = true_chroma = 0.0  # sums
     for lab in colored_pictures(test):
-        true, ab = lab[:, 1:], colorizer(lab)
-        weights = rarity[nearest_bins(true, palette.bins, 1, palette.candidates)[1][..., 0]]
-        count, heavy = weights.numel(), float(weights.double().sum())
-        chroma, true_chroma = (float(x.square().sum(1).sqrt().double().sum()) for x in (ab, true))
-        raw, rebalanced = color_auc(ab, true), color_auc(ab, true, weights)
-        sums += torch.tensor([count * raw, count, heavy * rebalanced, heavy, chroma, true_chroma])
-    raw, rebalanced, ratio = (sums[::2] / sums[1::2]).tolist()
-    return {f"{name}/auc-raw": 100 * raw, f"{name}/auc-rebalanced": 100 * rebalanced,
-            f"{name}/chroma-ratio": ratio}
+        true_ab, ab = lab[:, 1:], colorizer(lab)
+        _, nearest = nearest_bins(true_ab, palette.bins, 1, palette.candidates)
+        weights = rarity[nearest[..., 0]]  # (N, H, W)
+        count, weight = weights.numel(), float(weights.double().sum())
+        raw, pixels = raw + count * color_auc(ab, true_ab), pixels + count
+        rebalanced += weight * color_auc(ab, true_ab, weights)
+        total_weight += weight
+        chroma += float(ab.square().sum(1).sqrt().double().sum())
+        true_chroma += float(true_ab.square().sum(1).sqrt().double().sum())
+    return {f"{name}/auc-raw": 100 * (raw / pixels), f"{name}/chroma-ratio": chroma / true_chroma,
+            f"{name}/auc-rebalanced": 100 * (rebalanced / total_weight)}
 
 
 def cross_entropy(run, model, palette, test):
     """Mean unweighted cross-entropy in nats of a network, or without one of the prior."""
-    config, prior, total, count = run.config, palette.prior.log().view(1, -1, 1, 1), 0, 0
+    prior, total, count = palette.prior.log().view(1, -1, 1, 1), 0, 0
     for lab in colored_pictures(test):
-        ab = lab[:, 1:, ::STRIDE, ::STRIDE]
-        nearest = nearest_bins(ab, palette.bins, config.neighbors, palette.candidates)
-        encoded = soft_encode(ab, palette.bins, sigma=config.sigma, nearest=nearest)
+        encoded, _ = encode(lab[:, 1:, ::STRIDE, ::STRIDE], run.config, palette)
         ones = torch.ones_like(encoded[:, 0])
         scores = network_scores(run.autocast, model, lab) if model else prior
         total += ones.numel() * float(classification_loss(scores, encoded, ones)["loss"])
@@ -425,61 +430,56 @@ def semantic_accuracy(run, classifier, colorizer, test):
 
 
 def block_maps(run, model, images):
-    """Whole images (N,3,S,S) uint8 -> [feature map of block 1, of block 2, ...]"""
+    """[feature map of block 1, of block 2, ...] of whole images."""
     with run.autocast():
         return model.maps(network_input(images, model))
 
 
-def probe_network(run, model, rows, train, test):
-    """{row: accuracy} of rows <network>/block<number>/<linear or labels<number>>."""
+def probe_blocks(run, model, rows, train, test):
+    """{row: accuracy} of rows <network>/block<number>/<linear or labels<number a class>>."""
     kinds = {}
     for row in rows:
         *_, block, kind = row.split("/")
         kinds[row] = int(block[-1]), evaluate.labels_of(row) or kind
-    maps = functools.partial(block_maps, run, model)
+    maps = partial(block_maps, run, model)
     evaluate.recalibrate(model, maps, train)  # the random network has no statistics of its own
     with evaluate.frozen(model):
         return evaluate.probe(maps, kinds, train, test, run.config.probe_cells, run.seed)
 
 
-def network(run, data, palette, name):
-    """-> Trained: one of the VARIANTS, "random", "alexnet-random", a classifier (blocks and a
-    linear layer) on the labels of the row `name`, or nothing for one of the CONTROLS."""
-    if name in CONTROLS:
-        return trainer.Trained(None)
-    config = dataclasses.replace(run.config, **VARIANTS.get(name.removesuffix("-random"), {}))
-    if name in VARIANTS:
-        return pretrain(run, data, config, name, palette)
-    model = run.build(ColorizationNetwork, config.network, config.width, palette.bins, config.loss,
-                      3 if name.startswith("supervised-color") else 1, config.image_size)
-    if name.endswith("random"):
-        return trainer.Trained(model)
-    if name.startswith("full/finetuned"):
-        model = pretrain(run, data, config, "full", palette).model
-    labels, batch_size = evaluate.labels_of(name), min(config.batch_size, 64)
-    epochs = config.label_epochs if labels else config.supervised_epochs
+def fit_classifier(run, data, row, model):
+    """-> Trained: the model's blocks and a linear layer, on the labels that a row may use."""
+    config, labels = run.config, evaluate.labels_of(row)
     model.head.requires_grad_(False)  # not in use
     classifier = evaluate.Classifier(model, data.classes)
     classifier.to(run.device, memory_format=torch.channels_last)
+    epochs = config.label_epochs if labels else config.supervised_epochs
+    batch_size = min(config.batch_size, 64)
     return evaluate.train_on_labels(
-        run, data, name, classifier, functools.partial(network_input, model=model), labels,
+        run, data, row, classifier, partial(network_input, model=model), labels,
         batch_size=batch_size, steps=trainer.steps_in(config, epochs, data.train, batch_size),
-        optimizer=make_optimizer(config, classifier.parameters()), chance=math.log(data.classes),
+        optimizer=make_optimizer(config, classifier), chance=math.log(data.classes),
         rate=trainer.cosine(config.supervised_rate, config.warmup))
 
 
-def make_colorizer(run, data, palette, name, model):
-    """A function of pictures (N,3,H,W) in Lab -> colours (N,2,H,W), by a network or a control."""
-    if model:
-        return functools.partial(network_colors, run.autocast, model, run.config.temperature)
-    draws, count = run.stream("random colors"), len(data.train)
-    others = data.train.batches(torch.randint(count, (100,), generator=draws)
-                                for _ in itertools.count())
-    return functools.partial(control_colors, name, palette, others)
+def network(run, data, palette, name):
+    """-> Trained: one of the VARIANTS, "random", "alexnet-random", or a classifier, for the row
+    that it has as its name; without a model for one of the CONTROLS."""
+    if name in CONTROLS:
+        return trainer.Trained(None)
+    config = replace(run.config, **VARIANTS.get(name.removesuffix("-random"), {}))
+    if name in VARIANTS:
+        return pretrain(run, data, config, name, palette)
+    if name.startswith("full/finetuned"):
+        return fit_classifier(run, data, name, network(run, data, palette, "full").model)
+    model = run.build(ColorizationNetwork, config.network, config.width, palette.bins, config.loss,
+                      3 if name.startswith("supervised-color") else 1, config.image_size)
+    untrained = name in ("random", "alexnet-random")
+    return trainer.Trained(model) if untrained else fit_classifier(run, data, name, model)
 
 
-def reproduce(run):
-    """Everything of one seed.  What was trained before is read from its checkpoint."""
+def load_images(run):
+    """The run's images; InputError where they have no colours or another size."""
     config = run.config
     data = run.load(config.dataset, config.image_size, config.streamed or None)
     channels, side = next(evaluate.in_order(data.test, 1))[0].shape[1:3]
@@ -489,49 +489,53 @@ def reproduce(run):
                                  "since colours are what is predicted: --set dataset=cifar10 "
                                  "--set image_size=32 --set crop_size=32")
     if side != config.image_size:
-        raise trainer.InputError(
-            f"images of '{config.dataset}' have {side} pixels: --set image_size={side} --set "
-            f"crop_size={min(side, config.crop_size)}")
+        raise trainer.InputError(f"images of '{config.dataset}' have {side} pixels: --set "
+                                 f"image_size={side} --set crop_size={min(side, config.crop_size)}")
     if next(colored_pictures(data.test), None) is None:
         raise trainer.InputError("all test images are grey: there are no colours to compare with")
+    return data
+
+
+def reproduce(run):
+    """Every row of one seed; what several rows share is trained once, then read from its file."""
+    data = load_images(run)
     palette = make_palette(run, data.unlabeled)
     for name in ("grey", "random-colors", "prior-mode", "centre", "l2", "class", "full"):
         if rows := run.wants(f"{name}/auc-*", f"{name}/chroma-ratio"):
             trained = network(run, data, palette, name)
             colorizer = make_colorizer(run, data, palette, name, trained.model)
-            measure = functools.partial(color_measures, name, colorizer, palette)
+            measure = partial(color_measures, name, colorizer, palette)
             others = {f"{one}/auc-raw" for one in ("l2", "class", "full")} - {*rows}
             if run.seed == run.rank == 0 and len(others) == 2 and all(map(run.value, others)):
-                figures(run, data, palette)
+                figures(run, data, palette)  # the last of the three is about to be recorded
             run.record(rows, measure, data.test, after=[trained])
     for name in ("prior", "class", "full"):
         if run.wants(f"{name}/cross-entropy"):
             trained = network(run, data, palette, name)
-            measure = functools.partial(cross_entropy, run, trained.model, palette)
+            measure = partial(cross_entropy, run, trained.model, palette)
             run.record(f"{name}/cross-entropy", measure, data.test, after=[trained])
     for name in ("truth", "grey", "random-colors", "l2", "class", "full"):
         if run.wants(f"{name}/semantic"):
             trained = network(run, data, palette, name)
             colorizer = make_colorizer(run, data, palette, name, trained.model)
             classifier = network(run, data, palette, "supervised-color")
-            measure = functools.partial(semantic_accuracy, run, classifier.model, colorizer)
+            measure = partial(semantic_accuracy, run, classifier.model, colorizer)
             run.record(f"{name}/semantic", measure, data.test, after=[classifier, trained])
     for name in ("full", "random", "supervised-l", "supervised-color", "alexnet", "alexnet-random"):
         if rows := run.wants(f"{name}/block*"):
             trained = network(run, data, palette, name)
-            model = getattr(trained.model, "encoder", trained.model)
-            measure = functools.partial(probe_network, run, model, rows)
-            run.record(rows, measure, data.train, data.test, after=[trained])
+            model = getattr(trained.model, "encoder", trained.model)  # a classifier's own network
+            run.record(rows, partial(probe_blocks, run, model, rows), data.train, data.test,
+                       after=[trained])
     for row in run.wants("supervised-color", "supervised-l", "*/finetuned", "supervised-l/labels*",
                          "full/finetuned/labels*"):
         if not evaluate.enough_labels(data.train.labels, row):
-            run.record(row, None)
+            run.record(row, None)  # leaves the row out
             continue
         names = ["full", row] if row.startswith("full/") else [row]
         trained = [network(run, data, palette, name) for name in names]
-        model = trained[-1].model
-        measure = functools.partial(evaluate.class_accuracy, run, model,
-                                    functools.partial(network_input, model=model.encoder))
+        see = partial(network_input, model=trained[-1].model.encoder)
+        measure = partial(evaluate.class_accuracy, run, trained[-1].model, see)
         run.record(row, measure, data.test, after=trained)
 
 
@@ -539,48 +543,64 @@ def reproduce(run):
 
 def figures(run, data, palette):
     """Test images in grey, by l2, class and full, and as they are: twelve fixed ones, and six that
-    full gets best and six worst, by its error over that of grey; six at falling temperatures; the
-    colours in the ab plane, and how frequent they are (grey: not among the colours)."""
-    names = ("grey", "l2", "class", "full", "truth")
-    models = [network(run, data, palette, name).model for name in names]
-    colorizers = [make_colorizer(run, data, palette, *pair) for pair in zip(names, models)]
+    full gets best and six worst, by its error over that of grey; six at falling temperatures."""
+    models = {name: network(run, data, palette, name).model
+              for name in ("grey", "l2", "class", "full", "truth")}
+    colorizers = {name: make_colorizer(run, data, palette, name, models[name]) for name in models}
     some = torch.linspace(0, len(data.test) - 1, min(1000, len(data.test))).long()
     twelve = some[torch.linspace(0, len(some) - 1, min(12, len(some))).long()]
-    errors = []
+    ratios = []
     for images, _ in data.test.batches(some.split(100)):
         lab = rgb_to_lab(images)
-        grey, full = ((colorizers[place](lab) - lab[:, 1:]).square().sum(1).sqrt().mean((1, 2))
-                      for place in (0, 3))
-        errors.append(torch.where(is_colored(lab[:, 1:]), full / grey, math.nan))
-    errors = torch.cat(errors).cpu()
-    order = some[errors.argsort()][:int(errors.isfinite().sum())]  # those without colours come last
-    falling = [functools.partial(network_colors, run.autocast, models[3], temperature)
+        grey, full = ((colorizers[name](lab) - lab[:, 1:]).square().sum(1).sqrt().mean((1, 2))
+                      for name in ("grey", "full"))
+        ratios.append(torch.where(is_colored(lab[:, 1:]), full / grey, math.nan))
+    ratios = torch.cat(ratios).cpu()
+    ranking = some[ratios.argsort()][:int(ratios.isfinite().sum())]  # images without colours: last
+    falling = [partial(network_colors, run.autocast, models["full"], temperature)
                for temperature in (1.0, 0.77, 0.58, 0.38, 0.29, 0.14, 0.01)]
     for name, chosen, methods, columns in (
-            ("pictures", twelve, colorizers, 10), ("temperature", twelve[:6], falling, 7),
-            ("best_and_worst", torch.cat([order[:6], order[-6:]]), colorizers, 10)):
+            ("pictures", twelve, colorizers.values(), 10), ("temperature", twelve[:6], falling, 7),
+            ("best_and_worst", torch.cat([ranking[:6], ranking[-6:]]), colorizers.values(), 10)):
         images, _ = next(data.test.batches([chosen]))
         pictures = torch.stack([recolor(images, method) for method in methods], 1).flatten(0, 1)
-        save_image(pictures.float() / 255, run.suite / f"{run.paper}_{name}.png", nrow=columns,
-                   padding=1)
+        file = run.suite / f"{run.paper}_{name}.png"
+        save_image(pictures.float() / 255, file, nrow=columns, padding=1)
+    figure_of_bins(run, palette)
 
+
+def figure_of_bins(run, palette):
+    """The bins' colours in the ab plane, and their frequencies: black, the rarest, to red."""
     bins, frequency = palette.bins.cpu(), palette.prior.cpu().log()
     rows, columns = ((bins + 120) / run.config.step).round().long().unbind(1)
     panels = torch.full((2, 3, *[240 // run.config.step + 1] * 2), 0.5)
     lab = torch.cat([torch.full((len(bins), 1), 60.0), bins], 1)
     panels[0, :, rows, columns] = lab_to_rgb(lab[:, :, None, None])[:, :, 0, 0].T
-    panels[1, :, rows, columns] = 0  # black, rare, to red, frequent
+    panels[1, :, rows, columns] = 0
     frequency -= frequency.min()
     panels[1, 0, rows, columns] = frequency / frequency.max()
     grid = make_grid(F.interpolate(panels, scale_factor=14), padding=4)
     save_image(grid, run.suite / f"{run.paper}_bins.png")
 
 
-# ---- Parts that the method calls: colour arithmetic, AlexNet, rescaling by the data ----
+# ---- Parts that the method calls: crops, colour arithmetic, AlexNet, rescaling ----
 
-@functools.lru_cache(maxsize=None)
+def crop_and_flip(images, generator, size):
+    """(N,C,H,W) -> (N,C,size,size): a random crop of each, mirrored in half of the cases."""
+    count, device = len(images), images.device
+    top, left = (torch.rand(count, 1, generator=generator, device=device) * (side - size + 1)
+                 for side in images.shape[-2:])
+    flip = torch.rand(count, 1, generator=generator, device=device) < 0.5
+    window = torch.arange(size, device=device)
+    rows = top.long() + window  # (N, size)
+    columns = left.long() + torch.where(flip, size - 1 - window, window)
+    samples = torch.arange(count, device=device)[:, None, None]
+    return images[samples, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=None)
 def xyz_matrices(device, dtype):
-    """(3,3) from linear RGB to XYZ, in which white is 1, 1, 1, and back; kept on the device."""
+    """(3,3) from linear RGB to XYZ, in which white is 1, 1, 1, and (3,3) back."""
     matrix = torch.tensor([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169],
                            [0.019334, 0.119193, 0.950227]], dtype=torch.float64)
     matrix /= torch.tensor([[0.95047], [1.0], [1.08883]], dtype=torch.float64)
@@ -589,7 +609,7 @@ def xyz_matrices(device, dtype):
 
 def rgb_to_lab(rgb):
     """(N,3,H,W) sRGB -> CIE Lab under D65: L in 0..100, a and b in about -108..98.  Floats in 0..1
-    are computed in float64, since the way back multiplies errors; uint8 gives float32, to 1e-3."""
+    are computed in float64, since the way back multiplies errors; bytes quickly, to 1e-3."""
     by_table = rgb.dtype == torch.uint8
     levels = torch.arange(256, dtype=torch.float64, device=rgb.device) / 255
     values = levels if by_table else rgb.double()
@@ -616,10 +636,11 @@ def lab_to_rgb(lab):
 
 
 def candidate_bins(bins, neighbors, cell=2.0):
-    """(S,S,C) int64: for every cell x cell square of the ab plane, from -128 to 128, indices among
-    which are the nearest `neighbors` of bins (Q,2) of any point of the square."""
+    """(S,S,C) int64: for every square, `cell` wide, of the ab plane from -128 to 128, C bins among
+    which are the nearest `neighbors` of bins (Q,2) of each of its points."""
     ticks = torch.arange(-128 + cell / 2, 128, cell)
     distances, order = torch.cdist(torch.cartesian_prod(ticks, ticks), bins.cpu()).sort(1)
+    # Distances from a point and from the square's middle differ by half a diagonal at most.
     reach = distances[:, neighbors - 1:neighbors] + cell * 2 ** 0.5 + 1e-3
     count = int((distances <= reach).sum(1).max())
     return order[:, :count].reshape(len(ticks), len(ticks), count).to(bins.device)
@@ -627,7 +648,7 @@ def candidate_bins(bins, neighbors, cell=2.0):
 
 def nearest_bins(ab, bins, neighbors, candidates=None):
     """(N,2,H,W) -> squared distances (N,H,W,k), rising, and indices (N,H,W,k) of the nearest bins.
-    candidates: candidate_bins(bins, k or more), for a, b in -128..128, saves most of the work."""
+    candidates: candidate_bins(bins, k or more), which saves most of the work."""
     points = ab.permute(0, 2, 3, 1).flatten(0, 2)  # (M, 2)
     near = torch.arange(len(bins), device=ab.device).expand(len(points), -1)
     if candidates is not None:
@@ -640,9 +661,9 @@ def nearest_bins(ab, bins, neighbors, candidates=None):
 
 
 def enlarge(maps, seen, size):
-    """(N,C,h,w), a value for every fourth pixel, from the first, of a picture of `seen` = (rows,
-    columns) pixels -> (N,C,rows,columns), one for every pixel of the same picture at another size.
-    Linear interpolation by matrix products, whose backward is deterministic."""
+    """(N,C,h,w), the values of every fourth pixel, from the first on, of a picture of `seen`
+    pixels, (rows, columns) -> (N,C,*size), those of all pixels of the same picture at another size.
+    Linear, by matrix products, whose backward is deterministic on a GPU."""
     weights = []
     for side, own, count in zip(size, seen, maps.shape[-2:]):
         places = ((torch.arange(side, device=maps.device) + 0.5) * own / side - 0.5) / STRIDE
@@ -653,15 +674,14 @@ def enlarge(maps, seen, size):
 
 
 class Enlarge(nn.Module):
-    """(N,C,h,w) -> (N,C,4h,4w)."""
-
-    def forward(self, maps):
+    def forward(self, maps):  # (N,C,h,w) -> (N,C,4h,4w)
         size = [STRIDE * side for side in maps.shape[-2:]]
         with torch.autocast(maps.device.type, enabled=False):
             return enlarge(maps.float(), size, size)
 
 
-def normalized(*shape, **settings):
+def normed_conv(*shape, **settings):
+    """A convolution, batch-norm without scale and shift, and ReLU."""
     layer = nn.Conv2d(*shape, **settings)
     return layer, nn.BatchNorm2d(layer.out_channels, affine=False), nn.ReLU()
 
@@ -671,14 +691,14 @@ def alexnet(width, inputs, outputs):
     to 1/4 of the side), and the channels of conv5 (official code, train_alexnet)."""
     c96, c256, c384, c4096 = (max(8, 2 * round(c * width / 2)) for c in (96, 256, 384, 4096))
     blocks = [
-        nn.Sequential(*normalized(inputs, c96, 11, 4, 5), nn.MaxPool2d(3, 2, 1)),
-        nn.Sequential(*normalized(c96, c256, 5, 1, 2, groups=2), nn.MaxPool2d(3, 2, 1)),
-        nn.Sequential(*normalized(c256, c384, 3, 1, 1)),
-        nn.Sequential(*normalized(c384, c384, 3, 1, 1, groups=2)),
-        nn.Sequential(*normalized(c384, c256, 3, 1, 1, groups=2))]
+        nn.Sequential(*normed_conv(inputs, c96, 11, 4, 5), nn.MaxPool2d(3, 2, 1)),
+        nn.Sequential(*normed_conv(c96, c256, 5, 1, 2, groups=2), nn.MaxPool2d(3, 2, 1)),
+        nn.Sequential(*normed_conv(c256, c384, 3, 1, 1)),
+        nn.Sequential(*normed_conv(c384, c384, 3, 1, 1, groups=2)),
+        nn.Sequential(*normed_conv(c384, c256, 3, 1, 1, groups=2))]
     head = nn.Sequential(
-        nn.MaxPool2d(3, 1, 1), *normalized(c256, c4096, 6, padding=5, dilation=2),
-        *normalized(c4096, c4096, 1), nn.Conv2d(c4096, outputs, 1), Enlarge())
+        nn.MaxPool2d(3, 1, 1), *normed_conv(c256, c4096, 6, padding=5, dilation=2),
+        *normed_conv(c4096, c4096, 1), nn.Conv2d(c4096, outputs, 1), Enlarge())
     return blocks, head, c256
 
 
@@ -691,8 +711,8 @@ def rescale(model, lightness):
         maps = layer(maps)
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) and bool(layer.weight.any()):
             deviation = maps.std((0, 2, 3)).clamp_min(1e-3)
-            outputs = 1 if isinstance(layer, nn.ConvTranspose2d) else 0  # their axis
-            layer.weight.transpose(0, outputs).div_(deviation.view(-1, 1, 1, 1))
+            axis = 1 if isinstance(layer, nn.ConvTranspose2d) else 0  # of the output channels
+            layer.weight.transpose(0, axis).div_(deviation.view(-1, 1, 1, 1))
             maps = maps / deviation.view(1, -1, 1, 1)
 
 
@@ -734,39 +754,21 @@ def colorize(model, picture, side, temperature=0.38):
 
 
 def colorize_files(options):
-    """--colorize IN OUT: a picture, or every picture of a folder, into a file or a folder.
-
-    Returns the exit status, 2 where a picture is left out; None where it was not asked for."""
+    """--colorize IN OUT: a picture, or every picture of a folder, into a file or a folder -> exit
+    status, 2 where a picture is left out, or None where it was not asked for."""
     if not options.colorize:
         return None
-    pairs = outputs.pair(*map(Path, options.colorize))
-    todo = {made: path for made, path in pairs.items() if not os.path.lexists(made)}
+    todo, status = outputs.refuse_overwriting(outputs.pair(*map(Path, options.colorize)))
+    if not todo:
+        return status
     newest = sorted(Path(options.runs).glob("zhang_colorization/*/full.pt"), key=os.path.getmtime)
-    status = 2 if len(todo) < len(pairs) else 0
-    if status:
-        names = " ".join(map(str, [made for made in pairs if made not in todo][:3]))
-        tell(f"error: {len(pairs) - len(todo)} of {len(pairs)} would overwrite a file ({names}): "
-             "give another place, or remove what was made before")
-    if todo and not options.checkpoint and not newest:
+    if not options.checkpoint and not newest:
         raise trainer.InputError(f"no trained network in {options.runs}: give one with "
                                  "--checkpoint FILE, or train one with --rows full/auc-raw")
-    if todo:
-        checkpoint = options.checkpoint or newest[-1]
-        model, side = load_colorizer(checkpoint, pick_device(options.device))
-        print(f"network {checkpoint}", flush=True)
-    for number, (made, path) in enumerate(todo.items(), 1):
-        start = time.perf_counter()
-        try:
-            picture, alpha = outputs.read(path)
-            content, lost = outputs.encode(colorize(model, picture, side), alpha, made.suffix)
-        except (trainer.InputError, OSError, ValueError, RuntimeError, MemoryError) as error:
-            reason, status = (str(error) or type(error).__name__).splitlines()[0], 2
-            tell(f"error: {path} is left out: {reason}")
-            continue
-        outputs.write(made, content)
-        print(f"{number}/{len(todo)}  {made}  {picture.width} x {picture.height}  "
-              f"{time.perf_counter() - start:.1f} s{lost}", flush=True)
-    return status
+    checkpoint = options.checkpoint or newest[-1]
+    model, side = load_colorizer(checkpoint, pick_device(options.device))
+    print(f"network {checkpoint}", flush=True)
+    return max(status, outputs.convert(todo, lambda picture: colorize(model, picture, side)))
 
 
 def main(arguments=None):
