@@ -26,10 +26,9 @@ Deviations from the paper
 5. Proxy A-distance: the official code takes the best test error over the SVM's penalties; ours
    chooses its penalty on a slice of the half that it is trained on.
 6. USPS, the controls, mmd, coral and finetuned10 are ours: same network, batches and budget.
-7. The moons are learnt in batches of 8 points at twice the rate, not point by point.
-8. Left out: Amazon reviews, and Office-31, which starts from a network trained on labels.
-9. Training multiplies in bfloat16.  Scale small trains for less: only claims are comparable.
-[1] https://github.com/GRAAL-Research/domain_adversarial_neural_network: experiments_moons.py
+7. Left out: Office-31, which starts from a network trained on labels.  The shallow network of the
+   same paper, its moons and Amazon reviews are in dann_shallow.py.
+8. Training multiplies in bfloat16.  Scale small trains for less: only claims are comparable.
 
 Run:  python -m papers.dann --scale small   (MNIST, USPS; two CPU cores: 20 minutes a seed)
       python -m papers.dann --rows 'own/*' --set source=folder:A --set target=folder:B
@@ -65,13 +64,10 @@ class Config:
     steps: int = 40000              # ours: the paper gives none; svhn-mnist has six times as many
     usps_steps: int = 10000         # ours: USPS has 7,291 images
     finetune_steps: int = 1000      # ours
-    moons_epochs: int = 500         # official code [1], line 19
     rate: float = 0.01              # Sec. 5.2.2: falls with progress
     finetune_rate: float = 0.001    # ours: about the rate that training ended with
-    moons_rate: float = 0.1         # ours, for batches of 8; official code: 0.05 for single points
     momentum: float = 0.9           # Sec. 5.2.2
     strength: float = 1.0           # Sec. 5.2.2: lambda at the end
-    moons_strength: float = 6.0     # official code [1], line 19
     mmd_weight: float = 1.0         # ours
     coral_weight: float = 1.0       # ours
     subspace: int = 40              # ours: the paper takes the best of 2 to 60 on target test
@@ -149,21 +145,18 @@ class DomainAdversarialNetwork(nn.Module):
     domain_head: features -> scores (N,), above 0 where an image looks like the target's.
     """
 
-    def __init__(self, layers, classes, mean=None):
+    def __init__(self, layers, classes, mean):
         super().__init__()
-        side = None if mean is None else mean.shape[-1]
-        features, (*hidden, classifier), domain_head = layers(classes, side)
+        features, (*hidden, classifier), domain_head = layers(classes, mean.shape[-1])
         self.register_buffer("mean", mean, persistent=False)
         self.features = nn.Sequential(*features)
         self.label_head, self.classifier = nn.Sequential(*hidden), classifier
         self.domain_head = nn.Sequential(*domain_head, nn.Flatten(0))
 
     def encode(self, images):
-        """-> features (N,D), the same for both domains.  Without a mean inputs stay as they are."""
-        if self.mean is not None:
-            images = images.float() / 255 - self.mean
-            images = images.contiguous(memory_format=torch.channels_last)
-        return self.features(images)
+        """-> features (N,D), the same for both domains."""
+        images = images.float() / 255 - self.mean
+        return self.features(images.contiguous(memory_format=torch.channels_last))
 
     def forward(self, images):
         return self.classifier(self.label_head(self.encode(images)))
@@ -223,6 +216,11 @@ def adaptation_losses(model, source, target, labels, method, strength, config):
     return {"loss": label, "label": label}
 
 
+def make_optimizer(config, model):
+    """SGD with momentum; run.fit sets the learning rate at every step."""
+    return torch.optim.SGD(model.parameters(), momentum=config.momentum)
+
+
 # ---- Pre-training ----
 
 PAIRS = {  # name -> source set, target set, layers of the network, side of the images in pixels
@@ -276,7 +274,7 @@ def pretrain(run, data, config, name):
     return run.fit(name, model, loss, in_pairs(run, labelled, other, config.batch_size, pair),
                    steps=steps,
                    rate=lambda progress: learning_rate(0 if constant else progress, config.rate),
-                   optimizer=torch.optim.SGD(model.parameters(), momentum=config.momentum),
+                   optimizer=make_optimizer(config, model),
                    chance=math.log(classes) + (2 * math.log(2) if method in REVERSALS else 0))
 
 
@@ -352,7 +350,7 @@ def finetune(run, data, config, name, model, count=10):
     return run.fit(name, model, loss,
                    in_pairs(run, data.source.train, few, config.batch_size, name),
                    steps=config.finetune_steps, rate=lambda progress: config.finetune_rate,
-                   optimizer=torch.optim.SGD(model.parameters(), momentum=config.momentum),
+                   optimizer=make_optimizer(config, model),
                    chance=2 * math.log(data.source.classes))
 
 
@@ -404,57 +402,6 @@ def reproduce(run):
                 run.leave_out(f"{pair}/*", error)
             else:
                 reproduce_pair(run, data, pair)
-    run.sha256 = {}  # the moons are no data set
-    test = image_data.Resident(*two_moons(1000, 35, run.stream("moons/test"), run.device))
-    for row in ("moons/source-only", "moons/dann"):
-        if run.wants(row):
-            trained = train_on_moons(run, run.config, row)
-            run.record(row, partial(accuracy, run, trained.model), test, after=[trained])
-
-
-# ---- The toy: two moons, and the same two turned (Sec. 5.1.1, official code [1]) ----
-
-def two_moons(count, degrees, generator, device="cpu"):
-    """-> points (count,2), labels (count,): two half circles of radius 2 that reach into one
-    another, with noise, turned about their centre."""
-    labels = torch.arange(count) % 2
-    angle = math.pi * torch.rand(count, generator=generator)
-    upper = torch.stack([angle.cos() - 0.5, angle.sin() - 0.25], 1)
-    noise = 0.05 * torch.randn(count, 2, generator=generator)
-    points = torch.where(labels[:, None] == 0, upper, -upper) + noise
-    turn = math.radians(degrees)
-    rotation = torch.tensor([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
-    return (2 * points @ rotation.T).to(device), labels.to(device)
-
-
-def moon_layers(classes, side):
-    """15 sigmoid units, from which the class and the domain are predicted; side is not used."""
-    hidden, classifier, domain = nn.Linear(2, 15), nn.Linear(15, classes), nn.Linear(15, 1)
-    for layer in (hidden, classifier):
-        nn.init.xavier_uniform_(layer.weight)
-    for parameter in (hidden.bias, classifier.bias, domain.weight, domain.bias):
-        nn.init.zeros_(parameter)
-    return [hidden, nn.Sigmoid()], [classifier], [domain]
-
-
-def train_on_moons(run, config, name):
-    """-> Trained DomainAdversarialNetwork of points (N,2).  name: moons/dann or /source-only."""
-    model = run.build(DomainAdversarialNetwork, moon_layers, 2, purpose="moons/init")
-    source, target = (image_data.Resident(*two_moons(300, turn, run.stream(part), run.device))
-                      for turn, part in ((0, "moons/source"), (35, "moons/target")))
-    strength = config.moons_strength if name == "moons/dann" else 0  # constant, for both heads
-
-    def loss(batch, step):
-        (points, labels), (others, _) = batch
-        with torch.autocast(points.device.type, enabled=False):  # bfloat16 is too coarse here
-            losses = adaptation_losses(model, points, others, labels, "dann", 1.0, config)
-        return {**losses, "loss": losses["label"] + strength * losses["domain"]}
-
-    return run.fit(name, model, loss, in_pairs(run, source, hide_labels(target), 8, "moons"),
-                   steps=trainer.steps_in(config, config.moons_epochs, source, 8),
-                   optimizer=torch.optim.SGD(model.parameters()),
-                   rate=lambda progress: config.moons_rate,
-                   chance=math.log(2) * (1 + 2 * strength))
 
 
 # ---- Data ----
@@ -561,7 +508,7 @@ def rows(config):
     if config.source:
         return ["own/*"]
     pairs = ["mnist-mnistm"] if config.dataset == "embedded" else set(PAIRS) - {"own"}
-    return [f"{pair}/*" for pair in (*pairs, "moons")]
+    return [f"{pair}/*" for pair in pairs]
 
 
 def main(arguments=None):

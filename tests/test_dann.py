@@ -309,14 +309,14 @@ def test_mmd_does_not_tear_apart_features_that_are_all_but_equal():
 
 def test_a_row_whose_training_fails_does_not_stop_the_others(tmp_path, folders, capsys, monkeypatch):
     monkeypatch.setattr(dann, "maximum_mean_discrepancy", lambda source, target: source.sum() * math.nan)
-    rows = f"{PAIR}/source-only,{PAIR}/mmd,{PAIR}/coral,moons/dann"
-    assert dann.main(["--scale", "smoke", "--rows", rows, "--set", "steps=3", "--set", "moons_epochs=1", *folders]) == 3
+    rows = f"{PAIR}/source-only,{PAIR}/mmd,{PAIR}/coral"
+    assert dann.main(["--scale", "smoke", "--rows", rows, "--set", "steps=3", *folders]) == 3
     error = capsys.readouterr().err.strip()
     assert error.startswith(f"error: {PAIR}/mmd: the loss is not finite") and len(error.splitlines()) == 1
     (path,) = (tmp_path / "results").rglob("dann.jsonl")
     records = [json.loads(line) for line in path.read_text().splitlines()]
     status = {record["row"]: record["status"] for record in records}
-    assert len(records) == 4 and status == {f"{PAIR}/source-only": "ok", f"{PAIR}/mmd": "failed", f"{PAIR}/coral": "ok", "moons/dann": "ok"}
+    assert len(records) == 3 and status == {f"{PAIR}/source-only": "ok", f"{PAIR}/mmd": "failed", f"{PAIR}/coral": "ok"}
 
 
 def test_discrepancies_are_computed_in_full_precision(tmp_path):
@@ -394,40 +394,6 @@ def test_features_and_loss_see_both_domains_through_one_transform():
     assert hidden.labels.tolist() == [-1] * 4 and hidden.images is images
 
 
-def test_moons_are_two_turned_classes():
-    points, labels = dann.two_moons(400, 0, torch.Generator().manual_seed(0))
-    turned, same = dann.two_moons(400, 35, torch.Generator().manual_seed(0))
-    assert torch.equal(labels, same) and labels.bincount().tolist() == [200, 200]
-    torch.testing.assert_close(points.norm(dim=1), turned.norm(dim=1), rtol=1e-4, atol=1e-4)
-    centres = torch.stack([points[labels == k].mean(0) for k in (0, 1)])
-    torch.testing.assert_close(centres, torch.tensor([[-1.0, 0.77], [1.0, -0.77]]), atol=0.25, rtol=0)  # radius 2
-    radii = (points[labels == 0] - torch.tensor([-1.0, -0.5])).norm(dim=1)
-    assert float(radii.mean()) == pytest.approx(2, abs=0.05) and 0.05 < float(radii.std()) < 0.15
-    angle = (turned * points).sum(1) / points.norm(dim=1).square()
-    assert float(angle.mean()) == pytest.approx(math.cos(math.radians(35)), abs=1e-3)
-
-
-def test_the_toy_learns_its_source_and_adapts(tmp_path):
-    """100 epochs of the moons: source only stays where it was; the adapted network gains on the turned moons."""
-    run = some_run(tmp_path, only=["moons/*"], moons_epochs=100)
-    dann.reproduce(run)
-    values = {record["row"]: record["value"] for record in run.records}
-    assert 60 < values["moons/source-only"] < 97 and values["moons/dann"] > values["moons/source-only"] + 2
-
-
-@pytest.mark.parametrize("row", ["moons/source-only", "moons/dann"])
-def test_labels_of_the_turned_moons_reach_nothing(tmp_path, monkeypatch, row):
-    models, make = [], dann.two_moons
-    for name, shift in (("a", 0), ("b", 1)):
-        def moons(count, degrees, *rest, shift=shift):
-            points, labels = make(count, degrees, *rest)
-            return points, (labels + shift * (degrees > 0)) % 2
-        monkeypatch.setattr(dann, "two_moons", moons)
-        run = some_run(tmp_path / name, moons_epochs=1)
-        models.append(dann.train_on_moons(run, run.config, row).model.state_dict())
-    assert all(torch.equal(tensor, models[1][key]) for key, tensor in models[0].items())
-
-
 def test_tsne_keeps_two_clusters_apart():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(120, 10, generator=generator)
@@ -440,13 +406,13 @@ def test_tsne_keeps_two_clusters_apart():
 # The script as a user meets it
 def test_smoke_runs_every_row_and_keeps_to_deterministic_operations(tmp_path, folders, graphs):
     """Every row of the scale on drawn digits, with its figures; the graph of every training step is walked."""
-    assert dann.main(["--scale", "smoke", "--set", "steps=5", "--set", "moons_epochs=2", "--set", "finetune_steps=2",
+    assert dann.main(["--scale", "smoke", "--set", "steps=5", "--set", "finetune_steps=2",
                       *folders]) == 0
     assert len(graphs) > 40 and not graphs.offenders()
     (path,) = (tmp_path / "results").rglob("dann.jsonl")
     records = [json.loads(line) for line in path.read_text().splitlines()]
     rows = {record["row"] for record in records}
-    assert {row for row in DECLARED["rows"] if row.startswith((PAIR, "moons"))} - rows <= {f"{PAIR}/dann/gap-closed"}
+    assert {row for row in DECLARED["rows"] if row.startswith(PAIR)} - rows <= {f"{PAIR}/dann/gap-closed"}
     history = next(record["history"] for record in records if record["row"] == f"{PAIR}/dann")
     assert set(history) == {"loss", "label", "domain"} and history["domain"][-1][0] == 5
     names = {file.name for file in path.parent.iterdir()}
