@@ -5,18 +5,19 @@ NeurIPS 2020, arXiv 2006.09882.
 Claim: views of one image that must predict each other's cluster teach more than views compared
 one with another, and many small views teach more than two large ones.
 
-Method: an image is cut into two large and several small random crops ("multi-crop").  The network
-maps each to a unit vector z and scores it against K unit prototypes.  The Sinkhorn algorithm turns
-the scores of a batch of large crops into codes that use all prototypes equally, so that not all
-images end in one cluster.  Every other crop of the image has to predict the code by
-softmax(scores / tau); chance costs ln K.  A queue of past z makes up for a small batch.
+Method: random crops of an image, two large ones and several small ones, are its views.  The network
+maps each to a unit vector z and scores it by its cosines with K learnt unit vectors, the prototypes
+of K clusters.  The Sinkhorn algorithm turns the scores of a batch of large crops into codes that
+use all prototypes equally, so that not all images end in one cluster.  Every other view of an image
+has to predict its code by softmax(scores / tau); at chance the loss is ln K.  A queue of past z
+makes up for a small batch.
 
 Deviations from the paper
  1. Bilinear crops without a filter, of squares decoded once (scale paper: the middle 256 pixels);
     boxes longer than the image are cut off (torchvision: drawn again).  Colours change in one order
     and are clipped once, hue about the grey axis; scales small and full: half as much, no blur.
  2. Batch-norm, Sinkhorn and queue span all ranks (official code: 8 GPUs, all, one).
- 3. DeepCluster-v2's memory starts from whole images; clusters are read off as images are drawn.
+ 3. DeepCluster-v2's memory of z starts from whole images; clusters are looked up image by image.
  4. SimCLR, a control of ours, compares every crop with the large crops of all images.
  5. Two crops train until they have seen as many pixels (paper: equal epochs).
  6. Probes: whole images (paper: a central crop), batch-norm statistics of 500 images of train,
@@ -54,9 +55,9 @@ class Config:
     seed: int
     dataset: str = "imagenette"
     image_size: int = 128               # ours: paper 256
-    streamed: bool = False              # decode files on the fly
+    streamed: bool = False              # ours: decode files on the fly, do not keep them in memory
     network: Literal["resnet10", "resnet18", "resnet50"] = "resnet18"   # ours: paper resnet50
-    width: float = 1.0                  # of the network's channels
+    width: float = 1.0                  # ours: channels, as a fraction of the network's
     stem: Literal["imagenet", "no-pool", "cifar"] = "no-pool"   # ours: paper imagenet
     crop_sizes: tuple[int, ...] = (96, 48)      # ours: paper 224 and 96 pixels
     crop_counts: tuple[int, ...] = (2, 4)       # ours: paper 2 and 6
@@ -221,7 +222,7 @@ class ClusteringNetwork(nn.Module):
         z = F.normalize(self.projection(torch.cat(features)).float(), dim=1)
         return z.split(len(views[0]))
 
-    def embed(self, images):
+    def embed(self, images):  # (B,3,s,s) -> z (B,D)
         return self([images])[0]
 
     def score(self, z):
@@ -257,8 +258,7 @@ def swav_loss(model, embeddings, config, train_prototypes=True, fill_queue=True)
 def make_optimizer(config, model):
     """LARS or SGD; run.fit sets the learning rate at every step."""
     optimizer = LARS if config.optimizer == "lars" else torch.optim.SGD
-    return optimizer(model.parameters(), momentum=config.momentum,
-                     weight_decay=config.weight_decay)
+    return optimizer(model.parameters(), momentum=config.momentum, weight_decay=config.weight_decay)
 
 
 # ---- Pre-training ----
@@ -393,7 +393,7 @@ def share_of_labels(labels, share, seed):
     return torch.cat([each[:max(1, round(share * len(each)))] for each in members]).sort().values
 
 
-def labelled_crop(images, generator, size):
+def labelled_crop(images, generator, size):  # a box of 8 % of the area or more, of each image
     return normalize(multi_crop(images.float() / 255, (size,), (1,), [(0.08, 1.0)], generator)[0])
 
 
@@ -493,12 +493,12 @@ def log_of_step(loss, scores):
 @torch.no_grad()
 def stop_at_collapse(model, config, name, scalars, steps, window):
     """Raise TrainingFailed where over a window of steps the loss lies within half a percent of
-    chance on average, or one prototype takes 90 % of the crops.  steps: since the beginning."""
+    chance on average, or one prototype takes 90 % of the crops.  steps: how many it has watched."""
     largest = scalars.get("largest", torch.zeros_like(scalars["loss"]))
     model.watched += torch.stack([scalars["loss"].detach(), largest])
     if steps % window:
         return
-    (loss, largest), chance = (model.watched / window).tolist(), chance_loss(config)  # waits
+    (loss, largest), chance = (model.watched / window).tolist(), chance_loss(config)
     model.watched.zero_()
     if abs(loss / chance - 1) < 0.005 or largest > 0.9:
         advice = f"pretext_rate={config.pretext_rate / 4:g}"
