@@ -228,7 +228,7 @@ class View:
     def published(self, row):
         """The paper's value, with a question mark where it is not confirmed; or a dash."""
         entry = self.declared["rows"][row]
-        return f"{entry['paper']}{'?' * bool(entry.get('unconfirmed'))}" if "paper" in entry else "–"
+        return f"{entry.get('paper', '–')}{'?' * bool(entry.get('unconfirmed'))}"
 
 
 def look(folder, stem, papers, reference=None):
@@ -238,8 +238,8 @@ def look(folder, stem, papers, reference=None):
     declared = records.read_declared(script)
     view, published = View(folder, stem, declared), declared["rows"]
     unknown = sorted({record["row"] for record in found} - published.keys())
-    warnings += [f"{folder.name}/{stem}.jsonl: {stem}.yaml has no row {row!r}, its records are left "
-                 "out" for row in unknown if published]
+    warnings += [f"{folder.name}/{stem}.jsonl: {stem}.yaml has no row {row!r}, its records are "
+                 "left out" for row in unknown if published]
     today = records.code_hash(script)
     changes = read_lines(stem, papers.parent / "results" / "neutral.jsonl")
     view.rows = {row: summarize_row([record for record in found if record["row"] == row],
@@ -424,8 +424,9 @@ def render_making(view):
     if view.claims or view.waiting:
         lines += ["", "The tests behind the claims:", ""]
         lines += make_table(["claim", "test"], [
-            [claim["statement"] + " (another scale)" * (claim in view.waiting), f"`{claim['test']}`"]
-            for claim in view.claims + view.waiting])
+            [claim["statement"] + remark, f"`{claim['test']}`"]
+            for several, remark in ((view.claims, ""), (view.waiting, " (another scale)"))
+            for claim in several])
     return lines
 
 

@@ -261,7 +261,7 @@ def main(arguments=None):
     try:
         if given.command == "scale":
             sets = [text.partition("=")[2] for text in given.set if text.startswith("dataset=")]
-            chosen, reason = choose_scale(given.papers, given.data, given.device, (sets or [""])[-1])
+            chosen, reason = choose_scale(given.papers, given.data, given.device, *sets[-1:])
             print(f"scale {chosen}: {reason}", file=sys.stderr, flush=True)
             print(chosen)
         else:

@@ -187,7 +187,7 @@ class Run:
         self.provenance = records.provenance(script)
         self.sha256, self.asked, self.settled, self.planned, self.differ = {}, [], set(), {}, None
         self.quiet, self.line = quiet, terminal.Line()
-        self.costs = []  # of a plan: (rows measured together, their seconds, {training: seconds}, MB)
+        self.costs = []  # of a plan: (rows measured together, seconds, {training: seconds}, MB)
         self.fitting, self.stop = None, False  # the training under way; whether it has to stop
         self.left_out = {}  # {glob of rows: why}, of all seeds
         for warning in warnings:
@@ -439,7 +439,7 @@ class Run:
                 texts = [f"{name} {value:.4g}" for name, value in means.items()]
                 texts[0] += f" (chance {chance:.3f})" if chance else ""
                 if not self.plan:
-                    self.show(purpose, step, steps, "  ".join(texts), count_images(batch),
+                    self.show(purpose, step, steps, texts, count_images(batch),
                               (now - start) / (step - first))
                 shown, logged = step, now
             if save and self.rank == 0 and not self.plan:
@@ -466,19 +466,21 @@ class Run:
     def show(self, purpose, step, steps, losses, images, step_seconds):
         """How far a training is: rewritten in place on a terminal, else a line every ten seconds.
 
-        images: how many this rank sees in a step; step_seconds: what a step takes.
+        losses: texts, the loss first; images: how many this rank sees in a step; step_seconds:
+        what a step takes.  The line in place may be cut on the right, so what matters comes first.
         """
-        text = (f"seed {self.seed}  {purpose}  {step}/{steps}  {losses}  "
-                f"{images * self.ranks / step_seconds:.0f} images/s  "
-                f"{step_seconds * (steps - step) / 60:.1f} min left")
         if self.rank > 0 or self.quiet:
             return
+        place = f"seed {self.seed}  {purpose}  {step}/{steps}"
+        left = f"{step_seconds * (steps - step) / 60:.1f} min left"
+        speed = f"{images * self.ranks / step_seconds:.0f} images/s"
         if self.line.live and step < steps:
             here = matching(matching(self.rows, self.scale_rows), self.only)
             done = sum(bool(records.find(self.records, row, self.seed, self.hash)) for row in here)
-            self.line.show(f"{self.paper}  {text}  {done} of {len(here)} rows done")
+            self.line.show("  ".join((place, left, f"{done} of {len(here)} rows done", losses[0],
+                                      speed, self.paper)))
         else:
-            self.say(text)
+            self.say("  ".join((place, *losses, speed, left)))
 
     def stop_agreed(self, step, last):
         """Whether a rank was asked to stop; several ranks ask one another every ten steps."""

@@ -75,7 +75,8 @@ def demo(tmp_path, monkeypatch):
     """A made-up project with two papers, of which one has a scale demo and records."""
     monkeypatch.setattr(terminal, "ROOT", tmp_path)
     (tmp_path / "papers").mkdir()
-    for name, scales in (("one", "{smoke: , demo: , small: , full: }"), ("two", "{smoke: , full: }")):
+    for name, scales in (("one", "{smoke: , demo: , small: , full: }"),
+                         ("two", "{smoke: , full: }")):
         (tmp_path / f"papers/{name}.py").write_text("")
         (tmp_path / f"papers/{name}.yaml").write_text(f"""
 title: "Somebody (2020): {name}."
