@@ -283,7 +283,8 @@ def test_every_command_of_the_readme_runs(clone, tmp_path, seventh):
     torch.save(torchvision.models.resnet18().state_dict(), folder / "resnet18.pth")
     python = shlex.quote(sys.executable)
     tiny = {"torchrun --nproc_per_node=8": f"{python} -m torch.distributed.run --nproc_per_node=2",
-            "python -m": f"{python} -m", " DIR": " ."}
+            "python -m": f"{python} -m", " DIR": " .", "epochs=3": "epochs=0.2",
+            "width=0.25": "width=0.11"}
     found = commands_of((ROOT / "README.md").read_text())
     assert len(found) > 15
     for command in found:
