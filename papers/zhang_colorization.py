@@ -47,7 +47,6 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import make_grid
 
 from replicate import evaluate, outputs, trainer
 from replicate.launch import launch, pick_device, require_finite, require_whole
@@ -345,8 +344,10 @@ def network_colors(autocast, model, temperature, lab, size=None):
 
 def control_colors(name, palette, others, lab):
     """The colorizer of a control; others: batches of training images, for random-colors."""
-    if name in ("truth", "random-colors"):
-        return (lab if name == "truth" else rgb_to_lab(next(others)[0][:len(lab)]))[:, 1:]
+    if name == "truth":
+        return lab[:, 1:]
+    if name == "random-colors":
+        return rgb_to_lab(next(others)[0][:len(lab)])[:, 1:]
     color = {"grey": torch.zeros_like(palette.bins[0]), "centre": palette.bins.mean(0),
              "prior-mode": palette.bins[palette.prior.argmax()]}[name]
     return color.view(1, 2, 1, 1).expand_as(lab[:, 1:])
@@ -463,8 +464,8 @@ def fit_classifier(run, data, row, model):
 
 
 def network(run, data, palette, name):
-    """-> Trained: one of the VARIANTS, "random", "alexnet-random", or a classifier, for the row
-    that it has as its name; without a model for one of the CONTROLS."""
+    """-> Trained: one of the VARIANTS; "random", or "alexnet-random" with alexnet's settings; the
+    classifier for the row of that name; or, without a model, one of the CONTROLS."""
     if name in CONTROLS:
         return trainer.Trained(None)
     config = replace(run.config, **VARIANTS.get(name.removesuffix("-random"), {}))
@@ -579,8 +580,8 @@ def figure_of_bins(run, palette):
     panels[1, :, rows, columns] = 0
     frequency -= frequency.min()
     panels[1, 0, rows, columns] = frequency / frequency.max()
-    grid = make_grid(F.interpolate(panels, scale_factor=14), padding=4)
-    save_image(grid, run.suite / f"{run.paper}_bins.png")
+    panels = F.interpolate(panels, scale_factor=14)
+    save_image(panels, run.suite / f"{run.paper}_bins.png", padding=4)
 
 
 # ---- Parts that the method calls: crops, colour arithmetic, AlexNet, rescaling ----
@@ -718,7 +719,7 @@ def rescale(model, lightness):
 
 # ---- Use ----
 
-def add_options(parser):
+def options(parser):
     parser.add_argument("--colorize", nargs=2, metavar=("IN", "OUT"), help="colour a picture, or "
                         "every picture of a folder, and stop; no file is ever overwritten")
     parser.add_argument("--checkpoint", metavar="FILE", help="for --colorize; default: the newest")
@@ -753,27 +754,26 @@ def colorize(model, picture, side, temperature=0.38):
     return to_pil_image(pixels)
 
 
-def colorize_files(options):
+def use(given):
     """--colorize IN OUT: a picture, or every picture of a folder, into a file or a folder -> exit
     status, 2 where a picture is left out, or None where it was not asked for."""
-    if not options.colorize:
+    if not given.colorize:
         return None
-    todo, status = outputs.refuse_overwriting(outputs.pair(*map(Path, options.colorize)))
+    todo, status = outputs.refuse_overwriting(outputs.pair(*map(Path, given.colorize)))
     if not todo:
         return status
-    newest = sorted(Path(options.runs).glob("zhang_colorization/*/full.pt"), key=os.path.getmtime)
-    if not options.checkpoint and not newest:
-        raise trainer.InputError(f"no trained network in {options.runs}: give one with "
+    newest = sorted(Path(given.runs).glob("zhang_colorization/*/full.pt"), key=os.path.getmtime)
+    if not given.checkpoint and not newest:
+        raise trainer.InputError(f"no trained network in {given.runs}: give one with "
                                  "--checkpoint FILE, or train one with --rows full/auc-raw")
-    checkpoint = options.checkpoint or newest[-1]
-    model, side = load_colorizer(checkpoint, pick_device(options.device))
+    checkpoint = given.checkpoint or newest[-1]
+    model, side = load_colorizer(checkpoint, pick_device(given.device))
     print(f"network {checkpoint}", flush=True)
     return max(status, outputs.convert(todo, lambda picture: colorize(model, picture, side)))
 
 
 def main(arguments=None):
-    """Command line; returns the exit status."""
-    return launch(__file__, Config, reproduce, arguments, options=add_options, use=colorize_files)
+    return launch(__file__, Config, reproduce, arguments, options=options, use=use)
 
 
 if __name__ == "__main__":
