@@ -249,7 +249,7 @@ def test_a_terminated_run_all_takes_its_child_along(clone, tmp_path):
 
 # Every command of README, on tiny copies of the scales
 KEPT = {"gidaris_rotation": ["random/conv", "rotnet4/conv"], "swav": ["swav/knn20"],
-        "zhang_colorization": ["full/auc-raw"], "dann": ["moons/source-only", "own/source-only"],
+        "zhang_colorization": ["full/auc-raw"], "dann": ["mnist-mnistm/source-only", "own/source-only"],
         "mirrored": ["*"]}
 ELSEWHERE = {"./run_all.sh bench": "test_bench.py"}
 
@@ -282,9 +282,10 @@ def test_every_command_of_the_readme_runs(clone, tmp_path, seventh):
     Image.new("RGB", (40, 30), "gray").save(folder / "old_photo.jpg")
     torch.save(torchvision.models.resnet18().state_dict(), folder / "resnet18.pth")
     python = shlex.quote(sys.executable)
-    tiny = {"torchrun --nproc_per_node=8": f"{python} -m torch.distributed.run --nproc_per_node=2",
+    tiny = {"torchrun": "python -m torch.distributed.run --standalone", "node=8": "node=2",
             "python -m": f"{python} -m", " DIR": " .", "epochs=3": "epochs=0.2",
-            "width=0.25": "width=0.11"}
+            "width=0.25": "width=0.11",
+            "--export": "--set network=resnet18 --set width=1 --set pretext_epochs=0.03 --export"}
     found = commands_of((ROOT / "README.md").read_text())
     assert len(found) > 15
     for command in found:
