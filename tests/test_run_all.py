@@ -255,9 +255,9 @@ ELSEWHERE = {"./run_all.sh bench": "test_bench.py"}
 
 
 def commands_of(readme):
-    """The lines of its blocks of commands."""
-    blocks = re.findall(r"^```\n(.*?)^```$", readme, re.M | re.S)
-    return [line for block in blocks for line in block.splitlines()]
+    """The lines of its blocks of commands: those that name no language."""
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", readme, re.M | re.S)
+    return [line for language, block in fences if not language for line in block.splitlines()]
 
 
 def test_every_command_of_the_readme_runs(clone, tmp_path, seventh):
