@@ -204,7 +204,11 @@ def train(nets, kernel, source, target, held_out, labels, strengths, rate, epoch
         going &= better | (epoch <= until)
         if not going.any():
             break
-    return nets if held_out is None else best
+    chosen = nets if held_out is None else best
+    if not all(tensor.isfinite().all() for tensor in chosen.values()):
+        raise trainer.TrainingFailed(f"weights are not finite after epoch {epoch + 1}/{epochs}: "
+                                     "lower the rate or the strength with --set")
+    return chosen
 
 
 BLOCK = 25  # examples; changes the speed and no result

@@ -105,9 +105,10 @@ class Config:
         assert counts[0] == 2 and min(counts) > 0, f"crop_counts {counts}: two of the first size"
         assert all(0 < low <= high <= 1 for low, high in zip(scales[::2], scales[1::2])), (
             f"crop_scales {scales}: least and largest share of the area, for each size")
-        assert min(self.prototypes, self.batch_size) >= 2, "prototypes, batch_size: at least 2"
+        least = min(self.prototypes, self.batch_size, self.label_batch)
+        assert least >= 2, "prototypes, batch_size, label_batch: at least 2"
         assert not 0 < self.queue < self.batch_size, "queue: 0, or at least the batch size"
-        for name in "image_size width test_size hidden temperature epsilon label_batch".split():
+        for name in "image_size width test_size hidden temperature epsilon".split():
             assert getattr(self, name) > 0, f"{name} must be above 0"
         for name in "jitter grey blur warmup".split():
             assert getattr(self, name) <= 1, f"{name} is a share, at most 1"

@@ -408,7 +408,8 @@ def _load_folder(name, root, device, size, streamed):
     if streamed:  # hashing a million files takes hours: names and sizes stand for them
         digest = hashlib.sha256(f"size {size}".encode())
         for path in (*files[0], *files[1]):
-            digest.update(f"{Path(path).relative_to(folder)} {os.path.getsize(path)}\n".encode())
+            line = f"{Path(path).relative_to(folder)} {os.path.getsize(path)}\n"
+            digest.update(line.encode(errors="surrogateescape"))  # names may be no text
         splits = [Streamed(paths, part, size, device) for paths, part in zip(files, labels)]
         return ImageSet(name, *splits, len(names), digest.hexdigest(), class_names=tuple(names))
 

@@ -57,7 +57,7 @@ def decode(path, size=None):
         picture = as_seen(picture)
         if min(picture.size) < SMALLEST:
             raise InputError(f"image {path} is {picture.size[0]} x {picture.size[1]} pixels; "
-                             f"at least {SMALLEST} are needed")
+                             f"at least {SMALLEST} are needed: mend or remove it")
         if size and picture.size != (size, size):
             scale = size / min(picture.size)
             width, height = (max(size, round(side * scale)) for side in picture.size)

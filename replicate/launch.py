@@ -52,7 +52,7 @@ def tell(line, run=None):
     if int(os.environ.get("RANK", 0)) == 0:
         if run:
             run.line.clear()
-        print(line, file=sys.stderr, flush=True)
+        print(line.replace("\n", "\\n"), file=sys.stderr, flush=True)
 
 
 def pick_device(name):
@@ -167,7 +167,7 @@ def require_whole(path):
 def set_damaged_aside(run):
     """Rename checkpoints that do not agree with their checksums, which torch.load never asks."""
     for path in sorted(run.folder.glob("*.pt")):
-        if part := records.damaged_part(path):
+        if part := records.damaged_part(path) if path.is_file() else "no file":
             aside = path.with_name(path.name + ".damaged")
             run.say(f"warning: checkpoint {path} is damaged ({part}); set aside as {aside.name} "
                     "and made anew")
@@ -206,6 +206,9 @@ def failure(error, run):
     if "more than 1 value per channel" in text:
         return (f"{run.fitting or run.paper}: a batch of one image cannot be normalised (its "
                 "variance is 0): --set batch_size=2 or more")
+    if isinstance(error, (torch.linalg.LinAlgError, OverflowError)):
+        return (f"{run.fitting or run.paper}: a setting is too large or too small, numbers run "
+                f"out of their range ({text.splitlines()[0]})")
     lost = isinstance(error, dist.DistError) or re.search("by peer|Broken pipe|Timed out", text)
     if run.ranks > 1 and lost:
         return "another rank is gone: the same command goes on from the state saved last"
@@ -218,7 +221,7 @@ def attempt(run, reproduce):
         try:
             reproduce(run)
             return 2 if run.left_out else status
-        except (TrainingFailed, RuntimeError, MemoryError, ValueError) as error:
+        except (TrainingFailed, RuntimeError, MemoryError, ValueError, OverflowError) as error:
             line, alone = failure(error, run), run.plan or run.ranks > 1 or not run.asked
             if not line:
                 raise

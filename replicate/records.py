@@ -3,7 +3,6 @@ import contextlib
 import fnmatch
 import hashlib
 import json
-import math
 import os
 import platform
 import re
@@ -48,15 +47,23 @@ def append(path, record):
         os.close(descriptor)
 
 
+NEEDED = ("row", "seed", "config_hash", "status")
+TYPES = {"row": str, "seed": int, "config_hash": str, "metric": str, "scale": str, "config": dict,
+         "data": dict, "code": (str, dict), "codes": list, "history": dict, "trainings": dict}
+
+
+def is_number(value):
+    return type(value) in (int, float) and abs(value) < 1e100  # so that sums are finite
+
+
 def is_record(record):
     """Whether a parsed line has the fields, of the right types, that the tables are made from."""
-    return (isinstance(record, dict) and isinstance(record.get("row"), str)
-            and isinstance(record.get("config_hash"), str) and type(record.get("seed")) is int
-            and record.get("status") in ("ok", "failed")
-            and (record["status"] == "failed"
-                 or type(record.get("value")) in (int, float) and math.isfinite(record["value"])
-                 and isinstance(record.get("code", ""), (str, dict))
-                 and all(isinstance(record.get(name, {}), dict) for name in ("config", "data"))))
+    return (isinstance(record, dict) and all(name in record for name in NEEDED)
+            and all(isinstance(record[name], TYPES[name]) for name in TYPES if name in record)
+            and all(map(is_number, (record.get("seconds", 0),
+                                    *record.get("trainings", {}).values())))
+            and record["status"] in ("ok", "failed")
+            and (record["status"] == "failed" or is_number(record.get("value"))))
 
 
 def read(path):

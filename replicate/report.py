@@ -580,7 +580,8 @@ def render(results, papers):
         _, end, after = rest.partition(BLOCK[1])
         if mark and end:
             files[readme] = before + render_block(suites) + after
-    return files
+    # A path in a record may hold bytes that are no text: they are written as escapes
+    return {path: text.encode(errors="backslashreplace").decode() for path, text in files.items()}
 
 
 def write_tables(results, papers):

@@ -45,8 +45,8 @@ class Interrupted(BaseException):
 # Random streams
 def derive(seed, purpose, step=0):
     """A 63-bit number that depends on all three arguments and nothing else."""
-    text = f"{seed}|{purpose}|{step}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    text = f"{seed}|{purpose}|{step}".encode(errors="surrogateescape")  # a path may be no text
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
 
 
 def stream(seed, purpose, step=0, device="cpu"):
