@@ -344,13 +344,11 @@ def network_colors(autocast, model, temperature, lab, size=None):
 
 def control_colors(name, palette, others, lab):
     """The colorizer of a control; others: batches of training images, for random-colors."""
-    if name == "truth":
-        return lab[:, 1:]
     if name == "random-colors":
         return rgb_to_lab(next(others)[0][:len(lab)])[:, 1:]
-    color = {"grey": torch.zeros_like(palette.bins[0]), "centre": palette.bins.mean(0),
-             "prior-mode": palette.bins[palette.prior.argmax()]}[name]
-    return color.view(1, 2, 1, 1).expand_as(lab[:, 1:])
+    fixed = {"grey": torch.zeros_like(palette.bins[0]), "centre": palette.bins.mean(0),
+             "prior-mode": palette.bins[palette.prior.argmax()]}  # the most frequent colour
+    return lab[:, 1:] if name == "truth" else fixed[name].view(1, 2, 1, 1).expand_as(lab[:, 1:])
 
 
 def make_colorizer(run, data, palette, name, model):
@@ -381,19 +379,20 @@ def color_measures(name, colorizer, palette, test):
     """{name/auc-raw and name/auc-rebalanced: percent, name/chroma-ratio: chroma over the true one}
     of a colorizer; rebalanced: a pixel counts by the rarity of its colour in train images."""
     rarity = rebalancing_weights(palette.prior, mix=0.0)
-    raw = rebalanced = pixels = total_weight = chroma = true_chroma = 0.0  # sums
+    sums = torch.zeros(3, 2, dtype=torch.float64)  # a row for each measure: a sum over another
     for lab in colored_pictures(test):
         true_ab, ab = lab[:, 1:], colorizer(lab)
         _, nearest = nearest_bins(true_ab, palette.bins, 1, palette.candidates)
         weights = rarity[nearest[..., 0]]  # (N, H, W)
         count, weight = weights.numel(), float(weights.double().sum())
-        raw, pixels = raw + count * color_auc(ab, true_ab), pixels + count
-        rebalanced += weight * color_auc(ab, true_ab, weights)
-        total_weight += weight
-        chroma += float(ab.square().sum(1).sqrt().double().sum())
-        true_chroma += float(true_ab.square().sum(1).sqrt().double().sum())
-    return {f"{name}/auc-raw": 100 * (raw / pixels), f"{name}/chroma-ratio": chroma / true_chroma,
-            f"{name}/auc-rebalanced": 100 * (rebalanced / total_weight)}
+        chroma, true_chroma = (float(colors.square().sum(1).sqrt().double().sum())
+                               for colors in (ab, true_ab))
+        sums += torch.tensor([[count * color_auc(ab, true_ab), count],
+                              [weight * color_auc(ab, true_ab, weights), weight],
+                              [chroma, true_chroma]])
+    raw, rebalanced, ratio = (sums[:, 0] / sums[:, 1]).tolist()
+    return {f"{name}/auc-raw": 100 * raw, f"{name}/auc-rebalanced": 100 * rebalanced,
+            f"{name}/chroma-ratio": ratio}
 
 
 def cross_entropy(run, model, palette, test):
