@@ -240,11 +240,10 @@ def swav_loss(model, embeddings, config, train_prototypes=True, fill_queue=True)
     """
     if train_prototypes:
         model.normalize_prototypes()
-    weight = model.prototypes.weight
+    weight = model.prototypes.weight  # (K, D)
     prototypes = weight if train_prototypes else weight.detach()
-    scores = [F.linear(z, prototypes) for z in embeddings]  # (B, K)
+    scores, codes = [F.linear(z, prototypes) for z in embeddings], []  # (B, K)
     rank, ranks = trainer.rank_and_ranks()
-    codes = []
     with torch.no_grad():
         for view in (0, 1):  # of the large crops, together with earlier batches in the queue
             present = trainer.rows_of_all_ranks(scores[view])
@@ -410,12 +409,12 @@ def classify(run, data, row, encoder):
         if name != "supervised":
             rate, head_factor = config.label_rates[place], config.head_factors[place]
     model = evaluate.Classifier(copy.deepcopy(encoder), data.classes).train()
-    model = model.to(run.device, memory_format=torch.channels_last)
+    model.to(run.device, memory_format=torch.channels_last)
 
     def loss(batch, step):
         images, labels = batch
-        images = run.augment(labelled_crop, images, f"{row}/augment", step,
-                             size=config.crop_sizes[0])
+        crop = partial(labelled_crop, size=config.crop_sizes[0])
+        images = run.augment(crop, images, f"{row}/augment", step)
         scores = model(images.contiguous(memory_format=torch.channels_last))
         return {"loss": F.cross_entropy(scores.float(), labels)}
 
