@@ -153,6 +153,8 @@ def runs(script, Config, options, rows, always):
             file = run.suite / f"{run.paper}.jsonl"
             run.say(f"seed {seed}: nothing to do, {have} rows of {run.paper} are in {file}")
             terminal.note(run)
+            if run.rank == 0:  # a run that was killed after its last record left none
+                render_tables(run.suite.parent, Path(script).parent)
         else:
             run.say(f"seed {seed}: scale {options.scale} has none of these rows")
 

@@ -62,7 +62,7 @@ def is_record(record):
             and all(isinstance(record[name], TYPES[name]) for name in TYPES if name in record)
             and all(map(is_number, (record.get("seconds", 0),
                                     *record.get("trainings", {}).values())))
-            and record["status"] in ("ok", "failed")
+            and type(record["seed"]) is int and record["status"] in ("ok", "failed")
             and (record["status"] == "failed" or is_number(record.get("value"))))
 
 
