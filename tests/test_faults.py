@@ -43,8 +43,7 @@ ROWS = {"gidaris_rotation": "rotnet4/rotation-accuracy,random/block2/knn",
         "doersch_context": "context/position-accuracy,random/conv4/linear",
         "noroozi_jigsaw": "jigsaw/puzzle-accuracy,random/conv4/linear",
         "zhang_colorization": "full/auc-raw,grey/auc-raw",
-        "swav": "swav/knn20,random/knn20", "dann": "moons/*,mnist-mnistm/source-only"}
-
+        "swav": "swav/knn20,random/knn20", "dann": "mnist-mnistm/dann,mnist-mnistm/source-only"}
 
 # ---- How a script is run here ----
 
@@ -92,7 +91,7 @@ def budget(paper):
     factor = 3 if paper == "gidaris_rotation" else 8  # there are fewer images to an epoch
     changes = {name: factor * value for name, value in block.items() if name.endswith("_epochs")}
     changes |= {"swav": {"label_passes": "[20, 4]"},
-                "dann": {"steps": 6, "moons_epochs": 3},
+                "dann": {"steps": 6},
                 "dann_shallow": {"moons_epochs": 3, "epochs": 1}}.get(paper, {})
     return ["--scale", "smoke", "--device", "cpu",
             *(f"--set={name}={value}" for name, value in changes.items())]
