@@ -334,7 +334,8 @@ def reproduce(run):
 
 def fit_svm(kernel, signs, penalty, start=None, steps=50):
     """Products (n,n) and signs (n,), 1 or -1 -> coefficients (n,): products with the n examples
-    times them are scores, by Newton's method (Chapelle 2007).  Minimises |w|^2 / 2 + penalty * sum of max(0, 1 - sign * score)^2.
+    times them are scores.  By Newton's method (Chapelle 2007) this minimises |w|^2 / 2 + penalty *
+    sum of max(0, 1 - sign * score)^2.
     start: coefficients for another penalty, from which fewer steps lead here."""
     coefficients = torch.zeros_like(signs) if start is None else start
     inside = signs * (kernel @ coefficients) < 1  # the margin: these alone count
