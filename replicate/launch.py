@@ -52,7 +52,8 @@ def tell(line, run=None):
     if int(os.environ.get("RANK", 0)) == 0:
         if run:
             run.line.clear()
-        print(line.replace("\n", "\\n"), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the exit status says it, too
+            print(line.replace("\n", "\\n"), file=sys.stderr, flush=True)
 
 
 def pick_device(name):
@@ -252,6 +253,8 @@ def launch(script, Config, reproduce, arguments=None, *, rows=None, options=None
             raise Interrupted
         run.stop = True  # fit saves at the end of the step
 
+    sys.stdout, sys.stderr = (output or open(os.devnull, "w")  # None where they are closed
+                              for output in (sys.stdout, sys.stderr))
     for output in (sys.stdout, sys.stderr):
         if hasattr(output, "reconfigure"):  # a path may hold what the terminal cannot show
             output.reconfigure(errors="backslashreplace")

@@ -277,6 +277,22 @@ def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(paper, tmp_path,
             shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize("output", ["stdout", "stderr"])
+def test_output_that_nobody_takes_costs_nothing(output, tmp_path, monkeypatch, tally):
+    """Closed, as under some schedulers, or on a full disk: the run ends with its exit status."""
+    script = importlib.import_module("papers.gidaris_rotation")
+    rows = ["--rows", "random/block2/knn", "--force"]
+    arguments = [*map(str, (*budget("gidaris_rotation"), *rows, *in_folder(tmp_path)))]
+    for full in (False, True):
+        for given, expected in ((arguments, 2 * (full and output == "stdout")),
+                                (["--scale", "none"], 2)):
+            monkeypatch.setattr(sys, output, open("/dev/full", "w") if full else None)
+            assert script.main(given) == expected
+            with contextlib.suppress(OSError):
+                getattr(sys, output).close()
+            tally("output closed or full", ENDS[expected] if expected else "runs")
+
+
 # ---- Disks that are full or read-only ----
 
 class Full(io.FileIO):
