@@ -396,7 +396,8 @@ class Run:
         path = self.folder / f"{purpose.replace('/', '_')}.pt"
         identity = {"run": self.hash, "data": dict(self.sha256), "purpose": purpose}
         step, seconds, trace, codes = 0, 0.0, {}, {self.provenance["code"]}
-        if not self.plan and (state := self.read_checkpoint(path, identity)):
+        if not self.plan and (
+                state := self.read_checkpoint(path, identity, model, optimizer, steps)):
             model.load_state_dict(state["model"])
             step, seconds, trace = state["step"], state["seconds"], state["trace"]
             codes = set(state["codes"]) | (codes if step < steps else set())
@@ -491,16 +492,15 @@ class Run:
         asked = torch.tensor(float(self.stop), device=self.device)
         return bool(over_ranks(asked, dist.ReduceOp.MAX))
 
-    def read_checkpoint(self, path, identity):
+    def read_checkpoint(self, path, identity, model, optimizer, steps):
         """The state saved for this very training, or None; one that is damaged is set aside."""
         if not path.exists():
             return None
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-            if state["identity"] == identity:
-                [state[key] for key in ("step", "seconds", "model", "trace", "codes")]  # all there
+            if state["identity"] == identity and fits(state, model, optimizer, steps):
                 return state
-            reason = "made by another run"
+            reason = "made by another run or by other code"
         except Exception as error:  # rubbish can make torch.load raise nearly anything
             if isinstance(error, MemoryError) or "allocate memory" in str(error):
                 raise  # which says nothing about the file
@@ -514,6 +514,26 @@ class Run:
         except OSError:
             raise InputError(f"checkpoint {path} is {reason} and cannot be moved away: "
                              "delete it") from None
+
+
+def fits(state, model, optimizer, steps):
+    """Whether training can go on from a state; not after an edit of the network, for example.
+
+    It is asked before anything is loaded, since a failed load leaves half of the weights changed.
+    May raise anything for rubbish."""
+    def shapes(weights):
+        return {name: getattr(value, "shape", None) for name, value in weights.items()}
+
+    def groups(saved):
+        return [({*group}, group["params"]) for group in saved["param_groups"]]
+
+    step, weights = state["step"], state["model"]
+    return (step in range(1, steps + 1) and math.isfinite(state["seconds"])
+            and all(len(values) == steps for values in state["trace"].values())
+            and all(isinstance(code, str) for code in state["codes"])
+            and shapes(weights) == shapes(model.state_dict())
+            and all(value.isfinite().all() for value in weights.values() if torch.is_tensor(value))
+            and (step == steps or groups(state["optimizer"]) == groups(optimizer.state_dict())))
 
 
 def write_checkpoint(path, state):

@@ -637,6 +637,34 @@ def test_damaged_checkpoints_and_records_are_never_trusted(paper, tmp_path, undi
         shutil.rmtree(run)
 
 
+def test_a_checkpoint_that_does_not_fit_is_made_anew(tmp_path, undisturbed, share, tally):
+    """Sound files of this very run, but of a network or an optimizer that was edited since, or
+    with values that none of ours has."""
+    paper, run, nan = "gidaris_rotation", tmp_path / "run", float("nan")
+    rows = ["--rows", "rotnet4/rotation-accuracy"]
+    source = undisturbed(paper, rows[1])
+    whole, path = finals(source), next(source.rglob("rotnet4.pt"))
+    state = torch.load(path, weights_only=True)
+    name, weight = next(iter(state["model"].items()))
+    model, group = state["model"], {"lr": 1, "params": [0]}
+    changes = [{"model": {**model, name: weight[:1]}}, {"model": {**model, name: weight * nan}},
+               {"model": {**model, "more": weight}}, {"model": [1]}, {"model": {}},
+               {"step": 1}, {"step": -1}, {"step": 10 ** 9}, {"step": 1.5}, {"step": "1"},
+               {"step": 1, "optimizer": {"state": {}, "param_groups": []}},
+               {"step": 1, "optimizer": {"state": {}, "param_groups": [group]}},
+               {"seconds": "1"}, {"seconds": nan}, {"codes": None}, {"codes": [1]}, {"trace": 3},
+               {"trace": {"loss": torch.zeros(1)}}, {"identity": None}, {"identity": [{}]}]
+    for change in random.Random(0).sample(changes, share(3, len(changes))):
+        shutil.copytree(source / "runs", run / "runs")
+        torch.save({**state, **change}, run / path.relative_to(source))
+        status, out, err = call(paper, *budget(paper), *rows, *in_folder(run))
+        assert status == 0 and not err and "set aside as rotnet4.pt.damaged" in out, (change, err)
+        next(run.rglob("*.damaged")).unlink()
+        assert not differ(finals(run), whole), change
+        shutil.rmtree(run)
+        tally("checkpoint of other code", "set aside; as undisturbed")
+
+
 def test_damaged_packed_files_are_set_aside(tmp_path, share, tally, write_packed):
     """They are never taken: decoded again, or, where nothing is there to decode, one line."""
     chance = random.Random("packed")
