@@ -56,12 +56,18 @@ def is_number(value):
     return type(value) in (int, float) and abs(value) < 1e100  # so that sums are finite
 
 
+def are_points(points):
+    return isinstance(points, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair)) for pair in points)
+
+
 def is_record(record):
     """Whether a parsed line has the fields, of the right types, that the tables are made from."""
     return (isinstance(record, dict) and all(name in record for name in NEEDED)
             and all(isinstance(record[name], TYPES[name]) for name in TYPES if name in record)
             and all(map(is_number, (record.get("seconds", 0),
                                     *record.get("trainings", {}).values())))
+            and all(map(are_points, record.get("history", {}).values()))
             and type(record["seed"]) is int  # to isinstance, true is a number too
             and record["status"] in ("ok", "failed")
             and (record["status"] == "failed" or is_number(record.get("value"))))

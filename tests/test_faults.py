@@ -524,7 +524,7 @@ def test_a_disk_that_fails_leaves_no_half_packed_file(tmp_path, share, tally, mo
 def test_tables_on_a_disk_that_fails(fault, tmp_path, undisturbed, share, tally):
     """python -m replicate.report, on a failing disk or with damaged records: no half page."""
     chance, run = random.Random(f"tables {fault}"), tmp_path / "run"
-    shutil.copytree(undisturbed("gidaris_rotation") / "results", run)
+    shutil.copytree(undisturbed("swav") / "results", run)
     lines = [path for path in run.rglob("*.jsonl")]
 
     def render():
@@ -540,10 +540,11 @@ def test_tables_on_a_disk_that_fails(fault, tmp_path, undisturbed, share, tally)
             path = chance.choice(lines)
             what, content = damage(before[path], chance, b"\x80PK\3\4")
             if chance.random() < 0.5:  # a record with a field of another type
-                first, *others = before[path].splitlines()
-                record = json.loads(first)
-                record[chance.choice([*record])] = chance.choice(
-                    [None, -1, 1.5, 1e308, 10 ** 30, True, "", "\udcff|\n`<b>", [], [1], {}, {"a": ""}])
+                chosen, *others = chance.sample(texts := before[path].splitlines(), len(texts))
+                record = json.loads(chosen)
+                record[chance.choice(["history", *record])] = chance.choice([
+                    None, -1, 1.5, 1e308, 10 ** 30, True, "", "\udcff|\n`<b>", [], [1], {},
+                    {"a": ""}, {"loss": [[1]]}, {"loss": [[1, "a"]]}, {"loss": [[1, 1e308]]}])
                 content = b"\n".join([json.dumps(record).encode(), *others]) + b"\n"
             path.write_bytes(content)
             status, err = render()
