@@ -49,7 +49,7 @@ def parse(paper, arguments, options=None):
 
 def tell(line, run=None):
     """One line on stderr, from the first rank only; the live line of a run makes room."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if os.environ.get("RANK", "0") == "0":
         if run:
             run.line.clear()
         with contextlib.suppress(OSError):  # the exit status says it, too
@@ -67,6 +67,19 @@ def pick_device(name):
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)
     return device
+
+
+def set_up(config, name):
+    """The device of this rank, once all ranks have met; InputError where they cannot."""
+    try:
+        device = pick_device(name)
+        trainer.prepare(config, device)
+        return device
+    except (ValueError, RuntimeError) as error:  # what torch makes of LOCAL_RANK and the like
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"the ranks cannot be set up ({reason}): start them with torchrun, on a "
+                         "machine with GPUs at most one for each; for a single process, unset "
+                         "WORLD_SIZE, RANK and LOCAL_RANK") from None
 
 
 def require_finite(path, tensors):
@@ -124,8 +137,7 @@ def runs(script, Config, options, rows, always):
     seeds = read_seeds(options.seeds, block.get("seeds", [0, 1, 2]))
     if options.data and not drawn and not Path(options.data).is_dir():
         raise InputError(f"no data folder {options.data}: give --data DIR or --data embedded")
-    device = pick_device(options.device)
-    trainer.prepare(config, device)
+    device = set_up(config, options.device)
     for folder, flag in ((options.results, "--results"), (options.runs, "--runs")):
         if not options.plan:
             require_writable(Path(folder), flag)

@@ -55,7 +55,7 @@ def save_image(tensor, path, **layout):
     again, and so a figure that could not be written would never be.
     """
     buffer = io.BytesIO()
-    if int(os.environ.get("RANK", 0)) == 0:
+    if os.environ.get("RANK", "0") == "0":
         torchvision.utils.save_image(tensor, buffer, format="png", **layout)
         write(Path(path), buffer.getbuffer())
 

@@ -38,6 +38,33 @@ def test_no_cuda_is_said(monkeypatch, seventh, capsys, folders):
     assert "no CUDA GPU is visible" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("environment", [
+    {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "many"}, {"WORLD_SIZE": "2", "RANK": "0"},
+    {"WORLD_SIZE": "2", "RANK": "a", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}])
+def test_ranks_that_cannot_meet_are_said(monkeypatch, seventh, capsys, folders, environment):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert seventh.main(["--scale", "smoke", *folders]) == 2
+    error = capsys.readouterr().err
+    if environment.get("RANK") != "a":  # another rank says it
+        assert "the ranks cannot be set up" in error and len(error.splitlines()) == 1
+    assert not torch.distributed.is_initialized()
+
+
+def test_more_ranks_than_gpus_are_said(monkeypatch, seventh, capsys, folders):
+    def too_many(device):
+        raise RuntimeError("CUDA error: invalid device ordinal\nmore")
+
+    monkeypatch.setenv("LOCAL_RANK", "5")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", too_many)
+    assert seventh.main(["--scale", "smoke", *folders]) == 2
+    error = capsys.readouterr().err
+    assert "invalid device ordinal" in error and len(error.splitlines()) == 1
+
+
 def test_a_finished_row_is_not_run_again_unless_forced(tmp_path, seventh, capsys, folders, tiny, records_of):
     for arguments, count in (([], 2), ([], 2), (["--force"], 4)):
         assert seventh.main([*tiny, *folders, *arguments]) == 0
