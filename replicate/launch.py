@@ -6,10 +6,12 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import math
 import os
 import re
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -258,9 +260,13 @@ def launch(script, Config, reproduce, arguments=None, *, rows=None, options=None
     use(options): called with the parsed arguments before anything else.  None: go on.  A number:
     exit status.  A function: called with each seed's Run in place of reproduce, recorded or not.
     """
-    run, status = None, 0
+    run, status, heard, ending = None, 0, -math.inf, False
 
     def on_signal(number, frame):
+        nonlocal heard
+        before, heard = heard, time.monotonic()
+        if ending or heard - before < 1:  # pressed twice in impatience: it means the same
+            return
         if not (run and run.fitting and not run.stop):
             raise Interrupted
         run.stop = True  # fit saves at the end of the step
@@ -288,22 +294,27 @@ def launch(script, Config, reproduce, arguments=None, *, rows=None, options=None
                 render_tables(run.suite.parent, Path(script).parent)
             if status == 3 and run.ranks > 1:
                 break
+        ending = True
         return status
     except (InputError, OSError) as error:
+        ending = True
         tell(f"error: {error}", run)
         return 2
     except AssertionError as error:
+        ending = True
         frames = traceback.extract_tb(error.__traceback__)
         if not any(frame.name == "__post_init__" for frame in frames):  # no check of a Config's
             raise
         tell(f"error: {error}")
         return 2
     except Interrupted:
+        ending, status = True, 130
         tell("interrupted: the same command goes on from the state saved last", run)
         return 130
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            own = status == 130 and arguments is None  # a process that has only to end now
+            signal.signal(number, signal.SIG_IGN if own else handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -144,6 +144,37 @@ def read_claim(test):
     return weights, float(margin or 0) * (sign if direction == "+" else -sign) + 0.0
 
 
+def check_shapes(declared):
+    """TypeError where rows, scales, headline or curves of a YAML are not what its readers take."""
+    def are(kind, values):
+        return isinstance(values, list) and all(isinstance(value, kind) for value in values)
+
+    def need(good, what):
+        if not good:
+            raise TypeError(f"expected {what}")
+
+    for row, entry in declared["rows"].items():
+        need(isinstance(entry, dict) and is_number(entry.get("paper", 0)),
+             f"rows: {row}: {{paper: a number, where: a text}}")
+    need(are(str, declared["comparable"]) and isinstance(declared["title"], str),
+         "comparable: [scale, ...], title: a text")
+    for name, block in declared["scales"].items():
+        need(isinstance(block, dict | None) and are(str, (block or {}).get("rows", [])),
+             f"scales: {name}: settings, and rows: [row, ...]")
+        seeds = (block or {}).get("seeds", [0])
+        need(are(int, seeds) and seeds, f"scales: {name}: seeds: [0, ...]")
+    for name, curve in declared["curves"].items():
+        need(are(str, [curve[key] for key in ("title", "x", "y")]),
+             f"curves: {name}: title, x and y, which are texts")
+        for line in curve["lines"].values():
+            if isinstance(line, dict):
+                good = are(str, [line["row"], line["scalar"]])
+            else:
+                good = are(list, line) and all(
+                    isinstance(x, (str, int, float)) and isinstance(row, str) for x, row in line)
+            need(good, f"curves: {name}: lines: name: [[x, row], ...] or {{row: ..., scalar: ...}}")
+
+
 def read_declared(path):
     """What <paper>.yaml says, rows and claims spelt out; path: that file's or the script's.
 
@@ -159,6 +190,7 @@ def read_declared(path):
         declared["scales"] = declared.get("scales") or {}
         declared["headline"] = list(expand(dict.fromkeys(declared["headline"] or ())))
         declared["figures"] = dict(declared["figures"] or {})
+        check_shapes(declared)
         named = set(declared["headline"])
         for name, claim in declared["claims"].items():
             weights, margin = read_claim(claim["test"])
