@@ -32,7 +32,7 @@ import yaml
 from conftest import TALLY
 from PIL import Image
 
-from replicate import data, records, report, trainer
+from replicate import data, launch, records, report, trainer
 from replicate.records import ROOT
 
 PAPERS = sorted(path.stem for path in (ROOT / "papers").glob("*.yaml"))
@@ -278,6 +278,23 @@ def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(paper, tmp_path,
         if process.exitcode == 0:
             assert not differ(finals(folder), whole)
             shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_run_ends_is_no_traceback(number, tmp_path, monkeypatch, tally):
+    """Somebody who presses Ctrl-C again and again, at the worst moments."""
+    script, attempt, said = importlib.import_module("papers.gidaris_rotation"), launch.attempt, []
+    arguments = [*map(str, (*budget("gidaris_rotation"), *in_folder(tmp_path))), "--rows"]
+
+    def press(*_):
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(launch, "tell", lambda line, run=None: (said.append(line), press()))
+    assert script.main([*arguments, "none"]) == 2  # while the error is said
+    monkeypatch.setattr(launch, "attempt", lambda *given: (press(), attempt(*given)))
+    assert script.main([*arguments, "random/block2/knn"]) == 130  # and again while that is said
+    assert [line.split(":")[0] for line in said] == ["error", "interrupted"]
+    tally("a signal while a run ends", "goes on, ends as undisturbed")
 
 
 @pytest.mark.parametrize("output", ["stdout", "stderr"])
