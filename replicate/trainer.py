@@ -148,11 +148,16 @@ def steps_in(config, epochs, split, batch_size=None):
     batch_size, count = batch_size or config.batch_size, max(1, len(split))
     steps = int(epochs * len(split) / batch_size)
     if steps < 1:
-        settings = [key for key, value in vars(config).items()
-                    if key.endswith("_epochs") and value == epochs] or ["epochs"]
-        raise InputError(f"{' or '.join(settings)}={epochs:g} of {count} pictures in batches of "
-                         f"{batch_size} makes no step; a longer budget is needed: --set "
-                         f"{settings[0]}={math.ceil(10 * batch_size / count) / 10:g} or more")
+        least, advice = math.ceil(10 * batch_size / count) / 10, {}
+        for key, value in vars(config).items():
+            if key.endswith("_epochs") and value == epochs:
+                advice[key] = f"{least:g}"
+            elif key.endswith("_passes") and epochs in value:  # a list: the others stay
+                parts = [least if part == epochs else part for part in value]
+                advice[key] = f"[{','.join(f'{part:g}' for part in parts)}]"
+        raise InputError(f"{' or '.join(advice)}: {epochs:g} epochs of {count} pictures in batches "
+                         f"of {batch_size} make no step; a longer budget is needed: "
+                         + " ".join(f"--set {key}={value}" for key, value in advice.items()))
     return steps
 
 
