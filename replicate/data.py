@@ -357,6 +357,9 @@ def _draw(name, size):
     if name not in DRAWN:
         raise InputError(f"unknown data set '{name}'; drawn sets are {', '.join(DRAWN)}")
     arrays = []
+    if size and not 16 <= size <= 128:
+        raise InputError(f"data set '{name}' is drawn with 16 to 128 pixels a side, not {size}: "
+                         "change image_size with --set, or take another dataset")
     for count, seed in ((10000, 0), (2000, 1)):
         images, labels = DRAWN[name](count, seed, size)
         arrays += [images.permute(0, 2, 3, 1).numpy(), labels.numpy().astype(np.uint8)]

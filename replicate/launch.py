@@ -223,6 +223,9 @@ def failure(error, run):
     if "more than 1 value per channel" in text:
         return (f"{run.fitting or run.paper}: a batch of one image cannot be normalised (its "
                 "variance is 0): --set batch_size=2 or more")
+    if re.search("size is too small|shapes cannot be multiplied|[Kk]ernel size", text):
+        return (f"{run.fitting or run.paper}: the network takes no images or crops of this size "
+                f"({text.splitlines()[0]}): change image_size or crop_size with --set")
     if isinstance(error, (torch.linalg.LinAlgError, OverflowError)):
         return (f"{run.fitting or run.paper}: a setting is too large or too small, numbers run "
                 f"out of their range ({text.splitlines()[0]})")
