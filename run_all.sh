@@ -54,7 +54,7 @@ export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-17179869184}
 export PYTHONSAFEPATH=1  # called from a folder with a papers/ of its own, it runs those beside it
 [ "${1:-}" != bench ] || { shift; exec "$python" "$here/tests/bench.py" "$@"; }
 known=$(cd "$here/papers" && printf '%s ' *.yaml | sed 's/\.yaml//g')
-scale=; papers=(); options=(); kept=(); seeds=; jobs=1
+scale=; papers=(); options=(); seeds=; jobs=1
 while [ $# -gt 0 ]; do
     word=$1
     case "$word" in --force|--plan|--quiet|--*=*) ;; --*) shift; [ $# = 0 ] || word=$word=$1 ;; esac
@@ -74,11 +74,9 @@ done
 case "$jobs" in ''|*[!0-9]*|0) fail "--jobs takes a whole number from 1, not '$jobs'" ;; esac
 [ ${#papers[@]} -gt 0 ] || read -ra papers <<<"$known"
 if [ -z "$scale" ]; then
-    scale=$("$python" -m replicate.terminal scale "${papers[@]}" "${options[@]}") || exit $?
-    for paper in "${papers[@]}"; do  # not asked for, so a paper without that scale is passed over
-        ! grep -q "^  $scale:" "$here/papers/$paper.yaml" || kept+=("$paper")
-    done
-    papers=("${kept[@]}")
+    chosen=$("$python" -m replicate.terminal scale "${papers[@]}" "${options[@]}") || exit $?
+    read -r scale rest <<<"$chosen"  # a paper without that scale is passed over
+    read -ra papers <<<"$rest"
 fi
 [ -n "$seeds" ] || { [ "$scale" = smoke ] && seeds=0 || seeds=0,1,2; }
 words=(${seeds//,/ }); count=${#words[@]}

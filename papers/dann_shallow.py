@@ -35,6 +35,7 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
+from torch import nn
 
 from replicate import data as image_data
 from replicate import trainer
@@ -85,20 +86,14 @@ def first_networks(projected, networks, classes, generator):
     """
     pairs, _, hidden = projected.shape
     inputs = projected[:, :, None].repeat(1, 1, networks, 1)
-    first = glorot(hidden, classes, generator).to(projected)
+    first = nn.init.xavier_uniform_(torch.empty(hidden, classes), generator=generator)
     return {"inputs": inputs,                       # (P,N,M,H): W x of every example
             "a": torch.zeros_like(inputs),          # (P,N,M,H): W is W0 + sum_i a_i x_i^T
             "b": inputs.new_zeros(pairs, networks, hidden),     # of the hidden layer
-            "V": first.repeat(pairs, networks, 1, 1),           # (P,M,H,C): of the softmax
+            "V": first.to(projected).repeat(pairs, networks, 1, 1),  # (P,M,H,C): of the softmax
             "c": inputs.new_zeros(pairs, networks, classes),
             "u": inputs.new_zeros(pairs, networks, hidden),     # of the domain unit
             "d": inputs.new_zeros(pairs, networks)}
-
-
-def glorot(inputs, outputs, generator):
-    """Weights (inputs, outputs), uniform within sqrt(6 / (inputs + outputs))."""
-    limit = math.sqrt(6 / (inputs + outputs))
-    return limit * (2 * torch.rand(inputs, outputs, generator=generator) - 1)
 
 
 def class_scores(nets, examples):
@@ -180,7 +175,7 @@ def train(nets, kernel, source, target, held_out, labels, strengths, rate, epoch
     the last epoch.
     """
     classes = nets["c"].shape[2]
-    one_hot = torch.nn.functional.one_hot(labels, classes).to(kernel.dtype)
+    one_hot = nn.functional.one_hot(labels, classes).to(kernel.dtype)
     best = {name: tensor.clone() for name, tensor in nets.items()}
     fewest = torch.full(nets["d"].shape, math.inf, device=kernel.device)  # (P,M)
     until = torch.full_like(fewest, patience)
@@ -463,7 +458,8 @@ def all_products(run, kind, domains):
     """{"B-D": Products, ...} of all ordered pairs of domains."""
     config, words = run.config, next(iter(domains.values())).train.shape[1]
     layers = config.layers if kind == "msda" else 0
-    first = glorot(words * (layers + 1), config.hidden, run.stream(f"{kind}/hidden"))
+    first = nn.init.xavier_uniform_(torch.empty(words * (layers + 1), config.hidden),
+                                    generator=run.stream(f"{kind}/hidden"))
     pairs = {}
     for number, (one, source) in enumerate(domains.items()):
         for other, target in list(domains.items())[number + 1:]:
@@ -510,7 +506,8 @@ def measure_moons(run, epochs):
             for part, size, turn in (("source", count, 0), ("target", count, 35),
                                      ("test", 1000, 35)))
         points = torch.cat([source[0], target[0]])
-        first = glorot(2, config.moons_hidden, run.stream("moons/hidden", number)).to(points)
+        first = nn.init.xavier_uniform_(torch.empty(2, config.moons_hidden),
+                                        generator=run.stream("moons/hidden", number)).to(points)
         kernels.append(points @ points.T)
         projections.append(points @ first)
         labels.append(torch.cat([source[1], torch.zeros_like(target[1])]))

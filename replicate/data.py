@@ -5,14 +5,12 @@ not there is downloaded by torchvision (its addresses and checksums), decoded on
 <root>/packed/<name>.npz with the keys x_train, y_train, x_test, y_test (images NHWC uint8; STL-10
 has x_unlabeled too).  The SHA-256 of what was decoded goes into every record.
 """
-import argparse
 import contextlib
 import fcntl
 import hashlib
 import io
 import os
 import socket
-import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -327,23 +325,6 @@ def on_disk(root):
     return names + [name for name in ("imagenette", "imagenet") if _folder(name, root)]
 
 
-def pick_scale(data="", device="auto", dataset=""):
-    """(scale, reason): the largest that makes sense with these data on this machine."""
-    drawn = data == "embedded"
-    if data and not drawn and not Path(data).is_dir():
-        raise InputError(f"no data folder {data}: give --data DIR or --data embedded")
-    root = data_root(None if drawn else data)
-    names = ["embedded"] if drawn else [dataset] if dataset else on_disk(root)
-    if not names:
-        return "smoke", (f"no data set in {root}, so drawn images stand in and the numbers mean "
-                         "nothing; for real ones put the data there, give --data DIR, or name a "
-                         "scale: ./run_all.sh small downloads them")
-    where = ", ".join(f"{name} (on disk)" for name in names)
-    if torch.cuda.is_available() and device != "cpu":
-        return "full", f"a CUDA GPU is visible; data: {where}"
-    return "small", f"no CUDA GPU in use, so the reduced protocol; data: {where}"
-
-
 DRAWN = {
     "embedded": lambda count, seed, size: embedded.embedded_objects(count, seed, size or 32),
     "embedded-digits": lambda count, seed, _: embedded.embedded_digits(count, seed),
@@ -438,25 +419,3 @@ def digest_of(arrays):
     for array in arrays:
         digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()
-
-
-def main(arguments=None):
-    """For run_all.sh: the scale on stdout, the reason on stderr; other options are passed over."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--data", default="")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--set", action="append", default=[])
-    given, _ = parser.parse_known_args(arguments)
-    sets = [value.partition("=")[2] for value in given.set if value.startswith("dataset=")]
-    try:
-        scale, reason = pick_scale(given.data, given.device, sets[-1] if sets else "")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"scale {scale}: {reason}", file=sys.stderr)
-    print(scale)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -34,7 +34,8 @@ def extract_features(encoder, images, batch_size=500):
 
 @torch.no_grad()
 def accuracies(predict, split, batch_size=500):
-    """predict(images) -> {name: scores (B,K)}; returns {name: percent of the split it names correctly}."""
+    """predict(images) -> {name: scores (B,K)}; returns {name: percent of the split that its scores
+    classify correctly}."""
     correct = {}
     for images, labels in in_order(split, batch_size):
         for name, scores in predict(images).items():

@@ -113,8 +113,9 @@ def list_classes(folder):
         left_out += skipped
         if not found:
             why = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
-            raise InputError(f"no images in {Path(folder) / name}" + (f": left out {why}" if why else "")
-                             + "; remove the folder, or put pictures there")
+            left = f": left out {why}" if why else ""
+            raise InputError(f"no images in {Path(folder) / name}{left}; remove the folder, or put "
+                             "pictures there")
         paths += found
         labels += [label] * len(found)
         counts.append(f"{name} {len(found)}")

@@ -181,16 +181,6 @@ def require_whole(path):
                          "again")
 
 
-def set_damaged_aside(run):
-    """Rename checkpoints that do not agree with their checksums, which torch.load never asks."""
-    for path in sorted(run.folder.glob("*.pt")):
-        if part := records.damaged_part(path) if path.is_file() else "no file":
-            aside = path.with_name(path.name + ".damaged")
-            run.say(f"warning: checkpoint {path} is damaged ({part}); set aside as {aside.name} "
-                    "and made anew")
-            path.replace(aside)
-
-
 @contextlib.contextmanager
 def locked(run):
     """Hold the lock of a run's checkpoints: the first rank does, and a plan needs none."""
@@ -207,7 +197,6 @@ def locked(run):
             for checkpoint in run.folder.glob("*.pt") if run.force else ():
                 checkpoint.unlink()
             records.tidy(run.folder, run.suite)
-            set_damaged_aside(run)
         if run.ranks > 1:
             dist.barrier()
         yield

@@ -15,7 +15,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 # The shared files that can change a number
-SHARED = ("trainer.py", "data.py", "files.py", "evaluate.py", "embedded.py")
+SHARED = ("trainer.py", "data.py", "files.py", "classes.py", "evaluate.py", "embedded.py")
 SIDE = r"(\S+)(?: - ([^\s\d]\S*))?"  # of a claim: a row, or the difference of two
 
 

@@ -479,7 +479,8 @@ def render_index(results, suites):
         drawn = ", on the image sets drawn by the code" * name.endswith("-embedded")
         lines += ["", f"## {name}", "", f"{scale[0].upper()}{scale[1:]}{drawn}.", ""]
         table = [[f"[{short_name(view)}]({name}/{view.stem}.md)", headline_text(view),
-                  verdict_text(view), verdict_text(view, True) if any(view.verdicts(True)) else "–",
+                  verdict_text(view),
+                  verdict_text(view, True) if any(view.verdicts(True)) else "–",
                   show_time(3600 * view.hours())] for view in views]
         lines += make_table(["paper", "mean ± sd, accuracy in percent unless named otherwise",
                              "claims: reproduced / contradicted / open", "ours", "time"], table)

@@ -1,7 +1,8 @@
 """What is said on the terminal: the live line of a training, and for run_all.sh the scale that it
 takes, the sums of a plan, and the summary at the end.
 
-    python -m replicate.terminal scale PAPER ... [options]   the scale on stdout, the reason beside
+    python -m replicate.terminal scale PAPER ... [options]   on stdout the scale and those of the
+                                                             papers that have it; stderr: why
     python -m replicate.terminal end LEDGER PAPER ...        what the runs noted in LEDGER came to
 """
 import argparse
@@ -123,6 +124,12 @@ def recorded_data(paper, scale):
     return {name for record in found for name in record.get("data", {})}
 
 
+def having(papers, scale):
+    """Those of the papers whose YAML declares the scale."""
+    return [paper for paper in papers
+            if scale in records.read_declared(ROOT / "papers" / f"{paper}.yaml")["scales"]]
+
+
 def choose_scale(papers, data="", device="auto", dataset=""):
     """(scale, reason): `full` where a CUDA GPU is visible and the data are there, else `demo`."""
     import torch
@@ -130,8 +137,7 @@ def choose_scale(papers, data="", device="auto", dataset=""):
     if data and data != "embedded" and not Path(data).is_dir():
         raise InputError(f"no data folder {data}: give --data DIR or --data embedded")
     root = image_data.data_root("" if data == "embedded" else data)
-    lacking = [paper for paper in papers if "demo" not in
-               records.read_declared(ROOT / "papers" / f"{paper}.yaml")["scales"]]
+    lacking = sorted({*papers} - {*having(papers, "demo")}, key=papers.index)
     if "embedded" in (data, dataset):
         why = "drawn images were asked for"
     elif device == "cpu" or not torch.cuda.is_available():
@@ -263,7 +269,7 @@ def main(arguments=None):
             sets = [text.partition("=")[2] for text in given.set if text.startswith("dataset=")]
             chosen, reason = choose_scale(given.papers, given.data, given.device, *sets[-1:])
             print(f"scale {chosen}: {reason}", file=sys.stderr, flush=True)
-            print(chosen)
+            print(chosen, *having(given.papers, chosen))
         else:
             notes = read_notes(given.ledger)
             lines = sum_up_plan(notes, given.seeds) if given.plan else summarize(notes)

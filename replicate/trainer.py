@@ -455,6 +455,8 @@ class Run:
                     state["optimizer"] = optimizer.state_dict()
                 write_checkpoint(path, state)
             saved = now if save else saved
+            if self.ranks > 1 and step == end:
+                dist.barrier()  # the others may read this checkpoint next
             if stop:
                 raise Interrupted
             if step == end:
@@ -502,10 +504,13 @@ class Run:
         if not path.exists():
             return None
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            if state["identity"] == identity and fits(state, model, optimizer, steps):
-                return state
-            reason = "made by another run or by other code"
+            if part := records.damaged_part(path):  # torch.load does not ask for checksums
+                reason = f"damaged ({part})"
+            else:
+                state = torch.load(path, map_location=self.device, weights_only=True)
+                if state["identity"] == identity and fits(state, model, optimizer, steps):
+                    return state
+                reason = "made by another run or by other code"
         except Exception as error:  # rubbish can make torch.load raise nearly anything
             if isinstance(error, MemoryError) or "allocate memory" in str(error):
                 raise  # which says nothing about the file

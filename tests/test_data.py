@@ -80,20 +80,6 @@ def test_raw_mnist_is_decoded_packed_and_read_again(tmp_path):
     assert first.train.labels[:5].tolist() == [5, 0, 4, 1, 9] and torch.equal(first.test.images, again.test.images)
 
 
-
-def test_scale_follows_the_data(tmp_path, no_network, monkeypatch, write_packed):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    scale, reason = data.pick_scale(str(tmp_path))
-    assert scale == "smoke" and str(tmp_path) in reason and "--data DIR" in reason
-    write_packed(tmp_path)
-    assert data.pick_scale(str(tmp_path))[0] == "small"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert data.pick_scale(str(tmp_path))[0] == "full" and data.pick_scale(str(tmp_path), "cpu")[0] == "small"
-    assert "folder:x (on disk)" in data.pick_scale("", "cpu", "folder:x")[1]
-    with pytest.raises(InputError, match="no data folder"):
-        data.pick_scale(str(tmp_path / "none"))
-
-
 # Folders
 def test_a_folder_is_decoded_resized_and_cropped(tmp_path):
     write_folder(tmp_path / "set")

@@ -457,8 +457,6 @@ def test_every_kind_of_row_runs_and_keeps_to_deterministic_operations(tmp_path, 
     assert len(graphs) == 1 and not graphs.offenders()
 
 
-@pytest.mark.xfail(strict=False, reason="the second rank may look for the last checkpoint before the "
-                                        "first has written it: fit needs a barrier there")
 def test_two_ranks_equal_one(tmp_path, one_and_two_ranks, write_packed):
     """Patches and answers are drawn by shards, batch-norm spans the ranks: four steps end at the
     same weights."""
