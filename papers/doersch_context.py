@@ -175,6 +175,7 @@ def sample_patches(images, generator, config):
     if config.fringe:
         images = evaluate.add_fringes(images.float(), config.fringe)
     rim = config.patch // 10 if config.hidden_rims else 0
+    images = F.pad(images, 4 * [-rim])  # the grid begins with the first patch's rim
     patches, _ = cut_patches(images, config.patch - 2 * rim, config.gap + 2 * rim, config.jitter,
                              generator)
     patches = patches.float() / 255
@@ -470,8 +471,7 @@ def figures(run, data):
     """Six test patches and the nearest others by each of the NETWORKS."""
     patches, _ = query_patches(run, data.test)
     queries, panels = torch.linspace(0, len(patches) - 1, 6).long(), []
-    for name in NETWORKS:
-        encoder = network(run, data, name).model.encoder
+    for encoder in [network(run, data, name).model.encoder for name in NETWORKS]:
         features = unit_features(run, encoder, patches, data.train)
         nearest = (features[queries] @ features.T).topk(min(7, len(patches)), dim=1).indices
         tiles = patches[nearest.flatten()].cpu()  # each query first: it is nearest to itself

@@ -436,9 +436,9 @@ def reproduce(run):
         if rows := run.wants(f"{name}/puzzle-accuracy", f"{name}/cell-accuracy"):
             trained = network(run, data, name)
             measure = partial(puzzle_accuracy, run, trained.model, settings)
+            if run.seed == 0 and "jigsaw/puzzle-accuracy" in rows and not run.plan:
+                figures(run, data, trained.model)
             run.record(rows, measure, data.test, after=[trained])
-            if run.seed == 0 and name == "jigsaw" and run.value("jigsaw/puzzle-accuracy"):
-                figures(run, data)
         if rows := run.wants(f"{name}/conv*"):
             trained = network(run, data, name)
             encoder = for_images(trained.model.encoder)
@@ -460,16 +460,16 @@ def reproduce(run):
 # ---- Figures ----
 
 @torch.no_grad()
-def figures(run, data):
+def figures(run, data, model):
     """Six test images as puzzles, as the network solves them, and in order."""
-    config, model = run.config, network(run, data, "jigsaw").model.eval()
+    config = run.config
     if run.rank > 0:
         return
     spread = torch.linspace(0, len(data.test) - 1, min(6, len(data.test))).long()
     images, _ = next(data.test.batches([spread]))
     tiles, labels = make_puzzles(images, run.stream("figures", 0, run.device), config)
     with run.autocast():
-        answers = model(tiles, labels[:, :1]).argmax(1, keepdim=True)  # (N, 1)
+        answers = model.eval()(tiles, labels[:, :1]).argmax(1, keepdim=True)  # (N, 1)
     plain = replace(config, grey=0.0, shift=0, normalization=False)
     ordered, _ = make_puzzles(images, run.stream("figures", 0, run.device), plain)  # the same tiles
     ordered = ordered * 0.25 + 0.5  # in 0..1 again

@@ -398,8 +398,8 @@ def test_every_kind_of_row_runs_and_keeps_to_deterministic_operations(
     write_packed(tmp_path, "stl10", 320, 60, (96, 96, 3))
     declared = records.read_declared(context.__file__)
     declared["scales"]["smoke"]["rows"] = [
-        "context/position-accuracy", "context/conv4/linear", "context/conv4/labels5", "*/retrieval",
-        "random/conv4/knn", "context/finetuned/labels5", "audit/aberration/*",
+        "context/position-accuracy", "context/conv4/linear", "context/conv4/labels20",
+        "*/retrieval", "random/conv4/knn", "context/finetuned/labels20", "audit/aberration/*",
         "one-patch/position-accuracy"]
     monkeypatch.setattr(records, "read_declared", lambda path: declared)
     arguments = ["--scale", "smoke", "--data", str(tmp_path), *folders]
