@@ -436,9 +436,9 @@ def reproduce(run):
         if rows := run.wants(f"{name}/puzzle-accuracy", f"{name}/cell-accuracy"):
             trained = network(run, data, name)
             measure = partial(puzzle_accuracy, run, trained.model, settings)
-            if run.seed == 0 and "jigsaw/puzzle-accuracy" in rows and not run.plan:
-                figures(run, data, trained.model)
             run.record(rows, measure, data.test, after=[trained])
+            if run.seed == 0 and name == "jigsaw" and run.value("jigsaw/puzzle-accuracy"):
+                figures(run, data, trained.model)
         if rows := run.wants(f"{name}/conv*"):
             trained = network(run, data, name)
             encoder = for_images(trained.model.encoder)
