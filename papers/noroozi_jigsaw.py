@@ -462,15 +462,14 @@ def reproduce(run):
 @torch.no_grad()
 def figures(run, data, model):
     """Six test images as puzzles, as the network solves them, and in order."""
-    config = run.config
     if run.rank > 0:
         return
     spread = torch.linspace(0, len(data.test) - 1, min(6, len(data.test))).long()
     images, _ = next(data.test.batches([spread]))
-    tiles, labels = make_puzzles(images, run.stream("figures", 0, run.device), config)
+    tiles, labels = make_puzzles(images, run.stream("figures", 0, run.device), run.config)
     with run.autocast():
         answers = model.eval()(tiles, labels[:, :1]).argmax(1, keepdim=True)  # (N, 1)
-    plain = replace(config, grey=0.0, shift=0, normalization=False)
+    plain = replace(run.config, grey=0.0, shift=0, normalization=False)
     ordered, _ = make_puzzles(images, run.stream("figures", 0, run.device), plain)  # the same tiles
     ordered = ordered * 0.25 + 0.5  # in 0..1 again
     shuffled = arrange(ordered, model.permutations[labels[:, :1]])[:, 0]
