@@ -14,7 +14,8 @@ Deviations from the paper
  1. An image's tiles become vectors once a step and several puzzles; paper: a single puzzle.
  2. Each permutation maximises the least distance to those before, then the mean; paper: the mean.
  3. Images of 96 or 128 pixels, tiles of 24 or 32, a network of that size with batch-norm; Nesterov
-    momentum, warm-up, cosine.  In 1 to 3, scale paper follows the paper, on squares of 256 pixels.
+    momentum, warm-up, cosine.  In 1 to 3, scale paper follows the paper, on squares of 256 pixels;
+    small has a narrower network and less training: claims are comparable, values are not.
  4. Channels shift inside their own cell: tiles keep `margin` pixels from its border, as in the
     authors' later network.  Grey puzzles are not shifted, or they would not be grey.
  5. Tiles are normalized by channel; the official code subtracts a mean (N13) and does not divide.
@@ -22,13 +23,11 @@ Deviations from the paper
     fine-tuning, with batch-norm statistics of 500 images.  Images are prepared as the network's
     own tiles were (so in the audit, too), but are never grey and their channels never shifted.
  7. Multiplications in bfloat16 (--set precision=float32 for the original's), the rest in float32.
- 8. audit/no-gap: the picture is made smaller until touching tiles reach as far across it; each
-    shows 1.7 times as much.  audit/no-color-handling: no grey puzzles; paper: only no shifts.
+ 8. audit/no-gap: the same tiles touch.  Its control hides their rims, so that nothing runs on.
+    audit/no-color-handling: no grey puzzles either; paper: only no shifts.
  9. Left out: VOC, locked layers, transfer to puzzles (Table 3), nine sets of Table 4.
-10. Scale small: a narrower network, less training; claims are comparable, values are not.
-python -m papers.noroozi_jigsaw --scale small   # Imagenette, two CPU cores: 30 minutes, two seeds
-Result, small: jigsaw/conv4/linear 67.8 +- 0.1 against random/conv4/linear 60.3 (n = 3);
-        paper, full training: 33.9
+python -m papers.noroozi_jigsaw --scale small   # Imagenette, two CPU cores: 60 minutes a seed
+Result, small: jigsaw/conv4/linear 67.8 +- 0.1 against random/conv4/linear 60.3 (n = 3); paper: 33.9
 """
 import itertools
 import math
@@ -63,7 +62,7 @@ class Config:
     shift: int = 2                      # paper: of each channel of each tile, to either side
     margin: int = 2                     # ours: kept around a tile for the shift
     fringe: float = 0.0                 # audit: the green channel is magnified by so much more
-    touching: bool = False              # audit: no gaps, and the grid reaches as far
+    hidden_rims: bool = False           # audit: a tenth of a tile is blank along each side
     one_tile: bool = False              # audit: predict the cell of a tile from that tile alone
     permutations: int = 64              # ours; paper: 1000 in the end, 100 in Table 5
     rule: Literal["max-min", "max-mean", "min-mean"] = "max-min"    # ours; paper: "max-mean"
@@ -72,10 +71,11 @@ class Config:
     batch_size: int = 256               # official code, N25: images
     pretext_epochs: float = 200.0       # ours
     audit_epochs: float = 40.0          # ours
+    permutation_epochs: float = 40.0    # ours: for each set of permutations
     pretext_rate: float = 0.05          # ours; official code, S5: 0.01
     pretext_drops: tuple[float, ...] = ()   # S8: when the rate falls to a tenth; none: cosine
     supervised_epochs: float = 60.0     # ours: with all labels, from scratch and fine-tuned
-    label_epochs: float = 20.0          # ours: with few labels, in epochs of the whole set
+    label_steps: int = 1500             # ours: updates on few labels, however few
     supervised_rate: float = 0.1        # ours
     finetune_rate: float = 0.1          # ours
     warmup: float = 0.05                # ours: share of the steps
@@ -85,7 +85,7 @@ class Config:
     probe_cells: int = 4                # ours: probes see maps of at most 4 x 4
     precision: Literal["bfloat16", "float32"] = "bfloat16"  # ours: of multiplications
     deterministic: bool = True          # ours
-    shards: int = 8                     # ours: parts of a batch, each with a random stream
+    shards: int = 1                     # ours: parts of a batch, which ranks divide
 
     def __post_init__(self):
         outside = 2 * max(0, self.margin - self.gap // 2)
@@ -142,23 +142,24 @@ def cut_tiles(images, cell, tile, generator, margin=0, jitter=True):
     span = 3 * cell + 2 * (margin - inside)
     if tile > cell or min(images.shape[-2:]) < span:
         raise ValueError(f"{tuple(images.shape)}: tiles of {tile} in cells of {cell} need {span}")
-    room = torch.tensor(images.shape[-2:], device=device) - span + 1
-    origin = (torch.rand(count, 1, 2, generator=generator, device=device) * room).long()
+    down, right = torch.rand(2, count, 1, generator=generator, device=device)
+    height, width = (side - span + 1 for side in images.shape[-2:])  # places for the grid
+    origin = torch.stack([down * height, right * width], 2).long()  # (N, 1, 2)
     choices = cell - tile - 2 * inside + 1
     moved = (choices - 1) // 2
     if jitter:
         moved = torch.randint(choices, (count, 9, 2), generator=generator, device=device)
     place = torch.arange(9, device=device)
-    grid = torch.stack([place // 3, place % 3], 1)  # (9, 2)
-    corners = origin + cell * grid + moved  # (N, 9, 2)
+    corners = origin + cell * torch.stack([place // 3, place % 3], 1) + moved  # (N, 9, 2)
     return cut_squares(images, corners, tile + 2 * margin)
 
 
 def cut_squares(images, corners, side):
     """(N,C,H,W), row and column (N,K,2) of the first pixels -> squares (N,K,C,side,side)."""
-    samples = torch.arange(len(images), device=images.device)[:, None, None, None]
-    rows, columns = (corners[..., None] + torch.arange(side, device=images.device)).unbind(2)
-    return images[samples, :, rows[..., :, None], columns[..., None, :]].permute(0, 1, 4, 2, 3)
+    samples = torch.arange(len(images), device=images.device)[:, None]
+    rows, columns = corners.unbind(2)
+    windows = images.unfold(2, side, 1).unfold(3, side, 1)  # a view: every square of the image
+    return windows[samples, :, rows, columns]
 
 
 def handle_colors(windows, tile, grey, shift, generator):
@@ -167,11 +168,11 @@ def handle_colors(windows, tile, grey, shift, generator):
     count, device = len(windows), windows.device
     in_grey = torch.rand(count, 1, 1, 1, generator=generator, device=device) < grey
     moved = torch.randint(-shift, shift + 1, (count, 9, 3, 2), generator=generator, device=device)
-    weights = torch.tensor([0.299, 0.587, 0.114], device=device)
-    luma = torch.einsum("c,nkchw->nkhw", weights, windows)[:, :, None]
+    red, green, blue = windows.split(1, 2)  # (N, 9, 1, w, w)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
     channels = torch.where(in_grey[..., None], luma, windows).flatten(0, 2)[:, None]  # (27N,1,w,w)
-    corners = torch.where(in_grey, 0, moved).flatten(0, 2)[:, None]  # (27N, 1, 2)
-    corners = corners + (windows.shape[-1] - tile) // 2
+    corners = torch.where(in_grey, 0, moved) + (windows.shape[-1] - tile) // 2
+    corners = corners.flatten(0, 2)[:, None]  # (27N, 1, 2)
     return cut_squares(channels, corners, tile).reshape(count, 9, 3, tile, tile)
 
 
@@ -184,15 +185,14 @@ def normalize_tiles(tiles):
 def make_puzzles(images, generator, config):
     """(N,3,S,S) uint8 -> tiles (N,9,3,t,t) in order, short cuts closed, and labels (N,K): the
     permutations that shall shuffle them (with one_tile: the cell of each tile)."""
-    images, tile, cell = images.float() / 255, config.tile, config.tile + config.gap
+    rim = config.tile // 10 if config.hidden_rims else 0
+    tile, cell = config.tile - 2 * rim, config.tile + config.gap
     if config.fringe:
-        images = evaluate.add_fringes(images, config.fringe)
-    if config.touching:
-        side = round(images.shape[-1] * tile / cell) + 2 * config.margin
-        images, cell = F.interpolate(images, (side, side), mode="bilinear", antialias=True), tile
-    windows = cut_tiles(images, cell, tile, generator, config.margin, config.jitter)
+        images = evaluate.add_fringes(images.float(), config.fringe)
+    windows = cut_tiles(images, cell, tile, generator, config.margin, config.jitter).float() / 255
     tiles = handle_colors(windows, tile, config.grey, config.shift, generator)
     tiles = normalize_tiles(tiles) if config.normalization else (tiles - 0.5) / 0.25
+    tiles = F.pad(tiles, 4 * [rim])
     if config.one_tile:
         return tiles, torch.arange(9, device=tiles.device).repeat(len(tiles), 1)
     return tiles, torch.randint(config.permutations, (len(tiles), config.puzzles),
@@ -206,10 +206,12 @@ def arrange(tiles, orders):
 
 # ---- Network ----
 
-def grouped_convolution(inputs, outputs, kernel, stride=1, padding=1, groups=1, norm=False):
-    """The layers of a convolution in groups, batch-norm where there is one, and ReLU."""
-    layer = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=not norm)
-    return [layer, nn.BatchNorm2d(outputs), nn.ReLU()] if norm else [layer, nn.ReLU()]
+def grouped_convolution(inputs, outputs, kernel, stride=1, padding=1, groups=1, norm=0, pool=0):
+    """The layers of a convolution in groups and, as asked, batch-norm and pooling, then ReLU."""
+    layers = [nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=not norm)]
+    layers += [nn.BatchNorm2d(outputs)] if norm else []
+    layers += [nn.MaxPool2d(3, 2, ceil_mode=True)] if pool else []
+    return [*layers, nn.ReLU()]  # after pooling it gives the same and has less to do
 
 
 def fully_connected(inputs, outputs, norm):
@@ -226,16 +228,15 @@ class TileEncoder(nn.Module):
         self.small = small = network == "small"
         channels = (64, 192, 384, 256, 256) if small else (96, 256, 384, 384, 256)
         c1, c2, c3, c4, c5 = (2 * max(4, round(count * width / 2)) for count in channels)  # even
-        pool = nn.MaxPool2d(3, 2, ceil_mode=True)
         convolution = partial(grouped_convolution, norm=small)
         if small:
-            blocks = [[*convolution(3, c1, 5, 2, padding=2), pool], [*convolution(c1, c2, 3), pool],
+            blocks = [convolution(3, c1, 5, 2, 2, pool=True), convolution(c1, c2, 3, pool=True),
                       convolution(c2, c3, 3), convolution(c3, c4, 3), convolution(c4, c5, 3)]
         else:  # official code, N151
-            blocks = [[*convolution(3, c1, 11, 2, padding=0), pool, LocalResponseNorm()],
-                      [*convolution(c1, c2, 5, padding=2, groups=2), pool, LocalResponseNorm()],
+            blocks = [[*convolution(3, c1, 11, 2, padding=0, pool=True), LocalResponseNorm()],
+                      [*convolution(c1, c2, 5, 1, 2, groups=2, pool=True), LocalResponseNorm()],
                       convolution(c2, c3, 3), convolution(c3, c4, 3, groups=2),
-                      [*convolution(c4, c5, 3, groups=2), pool]]
+                      convolution(c4, c5, 3, groups=2, pool=True)]
         self.blocks = nn.ModuleList(nn.Sequential(*layers) for layers in blocks)
         self.channels, self.dimension = c5, max(8, round((512 if small else 1024) * width))
         flat = self.eval().maps(torch.zeros(1, 3, tile, tile))[-1].numel()  # inputs of fc6
@@ -304,7 +305,7 @@ def make_optimizer(config, model):
     biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
     groups = [{"params": weights}, {"params": biases, "scale": 2.0, "weight_decay": 0.0}]
     return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay,
-                           nesterov=config.nesterov and config.momentum > 0)
+                           nesterov=config.nesterov and config.momentum > 0, fused=True)
 
 
 # ---- Pre-training ----
@@ -312,9 +313,8 @@ def make_optimizer(config, model):
 def pretrain(run, data, config, name):
     """-> Trained ContextFreeNetwork.  config: the run's, or that of a variant of the audit."""
     model = run.build(ContextFreeNetwork, config)
-    rate = trainer.cosine(config.pretext_rate, config.warmup)
-    if config.pretext_drops:
-        rate = trainer.stepped(config.pretext_rate, config.pretext_drops, 0.1)
+    rate = (trainer.stepped(config.pretext_rate, config.pretext_drops, 0.1)
+            if config.pretext_drops else trainer.cosine(config.pretext_rate, config.warmup))
 
     def loss(batch, step):
         images, _ = batch  # the class labels stay unused
@@ -330,12 +330,15 @@ def pretrain(run, data, config, name):
 # ---- Evaluation ----
 
 NETWORKS = ("jigsaw", "random", "supervised")
+FRINGE = 0.005  # an aberration of half a percent of the distance to the middle of the image
 VARIANTS = {  # of the audit: name -> settings that differ from the run's
-    "audit/as-is": {}, "audit/no-gap": {"touching": True}, "audit/no-jitter": {"jitter": False},
+    "audit/as-is": {}, "audit/no-jitter": {"jitter": False},
+    "audit/no-gap": {"gap": 0, "jitter": False},
+    "audit/no-gap-hidden-rims": {"gap": 0, "jitter": False, "hidden_rims": True},
     "audit/no-normalization": {"normalization": False},
     "audit/no-color-handling": {"grey": 0.0, "shift": 0},
-    "audit/aberration": {"grey": 0.0, "shift": 0, "fringe": 0.02},
-    "audit/aberration-handled": {"fringe": 0.02}, "audit/one-tile": {"one_tile": True},
+    "audit/aberration": {"grey": 0.0, "shift": 0, "fringe": FRINGE},
+    "audit/aberration-handled": {"fringe": FRINGE}, "audit/one-tile": {"one_tile": True},
     "audit/permutations9": {"permutations": 9}, "audit/permutations64": {"permutations": 64},
     "audit/permutations64-near": {"permutations": 64, "rule": "min-mean"},
     "audit/permutations100": {"permutations": 100},
@@ -343,10 +346,12 @@ VARIANTS = {  # of the audit: name -> settings that differ from the run's
 
 
 def audit_config(config, name):
-    """The settings of a network: the run's, or a variant's, with the budget of the audit."""
+    """The settings of a network: the run's, or a variant's, with a budget of its own."""
     if name not in VARIANTS:
         return config
-    audit = {"pretext_epochs": config.audit_epochs, "permutations": config.audit_permutations}
+    sets = name.startswith("audit/permutations")
+    epochs = config.permutation_epochs if sets else config.audit_epochs
+    audit = {"pretext_epochs": epochs, "permutations": config.audit_permutations}
     return replace(config, **{**audit, **VARIANTS[name]})
 
 
@@ -363,8 +368,10 @@ def puzzle_accuracy(run, model, config, test):
     return 100.0 * correct / count
 
 
-def normalize(images, config):
-    """Whole images (N,3,H,W) uint8 -> what encoders see of them, as of tiles in pre-training."""
+def normalize(images, config, crop=False):
+    """Whole images (N,3,H,W) uint8 -> what encoders see of them, as of tiles in pre-training.
+    crop: the middle 3/4, a random crop of images that have been shifted by up to an eighth."""
+    images = F.pad(images, 4 * [-(images.shape[-1] // 8)]) if crop else images
     images = images.float() / 255
     images = normalize_tiles(images) if config.normalization else (images - 0.5) / 0.25
     return images.contiguous(memory_format=torch.channels_last)
@@ -385,10 +392,8 @@ def feature_maps(run, encoder, config, images):
 
 def plain_probes(run, encoder, config, rows, train, test):
     """{row: accuracy} of rows <network>/conv<block>/<linear, knn or labels<number a class>>."""
-    kinds = {}
-    for row in rows:
-        *_, layer, kind = row.split("/")
-        kinds[row] = int(layer[-1]), evaluate.labels_of(row) or kind
+    kinds = {row: (int(layer[-1]), evaluate.labels_of(row) or kind)
+             for row in rows for layer, kind in [row.split("/")[-2:]]}
     maps = partial(feature_maps, run, encoder, config)
     evaluate.recalibrate(encoder, maps, train)  # batch-norm statistics of whole images
     with evaluate.frozen(encoder):
@@ -397,15 +402,14 @@ def plain_probes(run, encoder, config, rows, train, test):
 
 def train_classifier(run, data, row, encoder, rate):
     """-> Trained: the encoder's convolutions and a linear layer, on the labels a row may use."""
-    config, labels = run.config, evaluate.labels_of(row)
+    config, labels, size = run.config, evaluate.labels_of(row), min(run.config.batch_size, 64)
     model = evaluate.Classifier(encoder, data.classes).to(run.device)
-    epochs = config.label_epochs if labels else config.supervised_epochs
-    batch_size = min(config.batch_size, 64)
+    steps = config.label_steps if labels else trainer.steps_in(
+        config, config.supervised_epochs, data.train, size)
     return evaluate.train_on_labels(
-        run, data, row, model, partial(normalize, config=config), labels, batch_size=batch_size,
-        steps=trainer.steps_in(config, epochs, data.train, batch_size),
-        optimizer=make_optimizer(config, model), rate=trainer.cosine(rate, config.warmup),
-        chance=math.log(data.classes))
+        run, data, row, model, partial(normalize, config=config, crop=True), labels,
+        batch_size=size, steps=steps, optimizer=make_optimizer(config, model),
+        rate=trainer.cosine(rate, config.warmup), chance=math.log(data.classes))
 
 
 def network(run, data, name):
@@ -433,8 +437,8 @@ def reproduce(run):
         if rows := run.wants(f"{name}/puzzle-accuracy", f"{name}/cell-accuracy"):
             trained = network(run, data, name)
             measure = partial(puzzle_accuracy, run, trained.model, settings)
-            if run.seed == 0 and "jigsaw/puzzle-accuracy" in rows and not run.plan:
-                figures(run, data)
+            if "jigsaw/puzzle-accuracy" in rows and run.seed == run.rank == 0 and not run.plan:
+                figures(run, data, trained.model)
             run.record(rows, measure, data.test, after=[trained])
         if rows := run.wants(f"{name}/conv*"):
             trained = network(run, data, name)
@@ -457,20 +461,14 @@ def reproduce(run):
 # ---- Figures ----
 
 @torch.no_grad()
-def figures(run, data):
-    """First-layer filters; six test images as puzzles, as the network solves them, and in order."""
-    config, model = run.config, network(run, data, "jigsaw").model.eval()
-    if run.rank > 0:
-        return
-    filters = model.encoder.blocks[0][0].weight.detach().float().contiguous()
-    save_image(F.interpolate(filters, scale_factor=6), run.suite / f"{run.paper}_filters.png",
-               nrow=16, normalize=True, scale_each=True)
+def figures(run, data, model):
+    """Six test images as puzzles, as the network solves them, and in order."""
     spread = torch.linspace(0, len(data.test) - 1, min(6, len(data.test))).long()
     images, _ = next(data.test.batches([spread]))
-    tiles, labels = make_puzzles(images, run.stream("figures", 0, run.device), config)
+    tiles, labels = make_puzzles(images, run.stream("figures", 0, run.device), run.config)
     with run.autocast():
-        answers = model(tiles, labels[:, :1]).argmax(1, keepdim=True)  # (N, 1)
-    plain = replace(config, grey=0.0, shift=0, normalization=False)
+        answers = model.eval()(tiles, labels[:, :1]).argmax(1, keepdim=True)  # (N, 1)
+    plain = replace(run.config, grey=0.0, shift=0, normalization=False)
     ordered, _ = make_puzzles(images, run.stream("figures", 0, run.device), plain)  # the same tiles
     ordered = ordered * 0.25 + 0.5  # in 0..1 again
     shuffled = arrange(ordered, model.permutations[labels[:, :1]])[:, 0]

@@ -170,6 +170,7 @@ class Trained:
     curves: dict | None = None      # {scalar: [[step, mean since the last point], ...]}
     codes: tuple[str, ...] = ()     # hashes of all code that had a hand in it
     name: str = ""                  # the purpose that `fit` was given
+    kept: dict | None = None        # {step: state dict} of the steps that were to be kept
 
 
 class Run:
@@ -384,7 +385,8 @@ class Run:
         self.fitting = None
 
     # Training
-    def fit(self, purpose, model, loss, batches, *, steps, optimizer, rate, chance=None):
+    def fit(self, purpose, model, loss, batches, *, steps, optimizer, rate, chance=None,
+            keep=()):
         """Train to the last step, from the checkpoint if there is one -> Trained.
 
         purpose: names this training, its checkpoint and its progress line.
@@ -392,6 +394,7 @@ class Run:
         batches(first_step): iterator, e.g. of `shuffled`.
         rate(progress): learning rate at 0 to 1; a parameter group may carry a factor "scale".
         chance: the loss at chance (ln 4, ln K, ...), printed beside the loss.
+        keep: steps after which the weights are kept as well, as they were then.
         Raises TrainingFailed when the loss is not finite.  In a plan, a few steps are timed.
         """
         if steps < 1:
@@ -400,9 +403,10 @@ class Run:
             return dataclasses.replace(self.planned[purpose], model=model)
         path = self.folder / f"{purpose.replace('/', '_')}.pt"
         identity = {"run": self.hash, "data": dict(self.sha256), "purpose": purpose}
-        step, seconds, trace, codes = 0, 0.0, {}, {self.provenance["code"]}
-        if not self.plan and (
-                state := self.read_checkpoint(path, identity, model, optimizer, steps)):
+        step, seconds, trace, codes, kept = 0, 0.0, {}, {self.provenance["code"]}, {}
+        state = None if self.plan else self.read_checkpoint(path, identity, model, optimizer, steps)
+        if state and {at for at in keep if at <= state["step"]} <= state["kept"].keys():
+            kept = state["kept"]
             model.load_state_dict(state["model"])
             step, seconds, trace = state["step"], state["seconds"], state["trace"]
             codes = set(state["codes"]) | (codes if step < steps else set())
@@ -434,6 +438,8 @@ class Run:
                     trace[name] = torch.zeros(steps, device=self.device)
                 trace[name][step] = value.detach()
             step += 1
+            if step in keep:
+                kept[step] = {name: each.clone() for name, each in model.state_dict().items()}
             now, stop = time.perf_counter(), self.stop_agreed(step, step == end)
             save = stop or step == end or now - saved > CHECKPOINT_SECONDS
             if save or now - logged > (LIVE_SECONDS if self.line.live else LOG_SECONDS):
@@ -450,7 +456,8 @@ class Run:
                 shown, logged = step, now
             if save and self.rank == 0 and not self.plan:
                 state = {"identity": identity, "codes": sorted(codes), "step": step, "trace": trace,
-                         "seconds": seconds + now - start, "model": model.state_dict()}
+                         "seconds": seconds + now - start, "model": model.state_dict(),
+                         "kept": kept}
                 if step < steps:
                     state["optimizer"] = optimizer.state_dict()
                 write_checkpoint(path, state)
@@ -469,7 +476,8 @@ class Run:
             seconds *= steps / max(1, end - 1)
             self.planned[purpose] = Trained(None, steps, seconds, learning_curves(trace),
                                             name=purpose)
-        return Trained(model, steps, seconds, learning_curves(trace), tuple(sorted(codes)), purpose)
+        return Trained(model, steps, seconds, learning_curves(trace), tuple(sorted(codes)), purpose,
+                       kept)
 
     def show(self, purpose, step, steps, losses, images, step_seconds):
         """How far a training is: rewritten in place on a terminal, else a line every ten seconds.
@@ -541,7 +549,8 @@ def fits(state, model, optimizer, steps):
     return (step in range(1, steps + 1) and math.isfinite(state["seconds"])
             and all(len(values) == steps for values in state["trace"].values())
             and all(isinstance(code, str) for code in state["codes"])
-            and shapes(weights) == shapes(model.state_dict())
+            and all(shapes(each) == shapes(model.state_dict())
+                    for each in (weights, *state["kept"].values()))
             and all(value.isfinite().all() for value in weights.values() if torch.is_tensor(value))
             and (step == steps or groups(state["optimizer"]) == groups(optimizer.state_dict())))
 
