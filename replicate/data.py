@@ -43,7 +43,7 @@ class Resident:
         """Yield (images, labels) for each index tensor (B,) in order."""
         for indices in order:
             indices = indices.to(self.images.device)
-            yield self.images[indices], self.labels[indices]
+            yield self.images.index_select(0, indices), self.labels.index_select(0, indices)
 
     def take(self, indices):
         indices = torch.as_tensor(indices, device=self.images.device)

@@ -82,7 +82,8 @@ def linear_probe(train_x, train_y, test_x, test_y, penalties=PENALTIES, iteratio
             accuracy = _accuracy(now, *held)
             if accuracy < best:
                 break
-            best, penalty, model = accuracy, each, now
+            if accuracy > best:
+                best, penalty, model = accuracy, each, now
         if penalty in (penalties[0], penalties[-1]):
             warnings.warn(f"linear probe: the best penalty, {penalty:g}, is the last of those tried",
                           stacklevel=2)
@@ -91,19 +92,19 @@ def linear_probe(train_x, train_y, test_x, test_y, penalties=PENALTIES, iteratio
 
 
 def _accuracy(model, x, y):
-    weight, bias = model
-    return 100.0 * float((torch.addmm(bias, x, weight).argmax(1) == y).float().mean())
+    return 100.0 * float((F.linear(x, *model).argmax(1) == y).float().mean())
 
 
 def _fit_logistic(x, y, classes, penalty, iterations, start=None):
-    weight, bias = start or (x.new_zeros(x.shape[1], classes), x.new_zeros(classes))
+    """-> weight (K,D), bias (K,), by at most so many steps of L-BFGS from `start` or from zero."""
+    weight, bias = start or (x.new_zeros(classes, x.shape[1]), x.new_zeros(classes))
     weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=iterations, tolerance_change=1e-5,
                                   line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = F.cross_entropy(torch.addmm(bias, x, weight), y)
+        loss = F.cross_entropy(F.linear(x, weight, bias), y)
         loss = loss + 0.5 * penalty * weight.square().sum()
         loss.backward()
         return loss

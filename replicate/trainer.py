@@ -162,6 +162,7 @@ class Trained:
     seconds: float = 0.0
     curves: dict | None = None      # {scalar: [[step, mean since the last point], ...]}
     codes: tuple[str, ...] = ()     # hashes of all code that had a hand in it
+    kept: dict | None = None        # {step: state dict} of the steps that were to be kept
 
 
 class Run:
@@ -368,7 +369,8 @@ class Run:
         self.fitting = None
 
     # Training
-    def fit(self, purpose, model, loss, batches, *, steps, optimizer, rate, chance=None):
+    def fit(self, purpose, model, loss, batches, *, steps, optimizer, rate, chance=None,
+            keep=()):
         """Train to the last step, from the checkpoint if there is one -> Trained.
 
         purpose: names this training, its checkpoint and its progress line.
@@ -376,6 +378,7 @@ class Run:
         batches(first_step): iterator, e.g. of `shuffled`.
         rate(progress): learning rate at 0 to 1; a parameter group may carry a factor "scale".
         chance: the loss at chance (ln 4, ln K, ...), printed beside the loss.
+        keep: steps after which the weights are kept as well, as they were then.
         Raises TrainingFailed when the loss is not finite.  In a plan, a few steps are timed.
         """
         if steps < 1:
@@ -384,8 +387,10 @@ class Run:
             return dataclasses.replace(self.planned[purpose], model=model)
         path = self.folder / f"{purpose.replace('/', '_')}.pt"
         identity = {"run": self.hash, "data": dict(self.sha256), "purpose": purpose}
-        step, seconds, trace, codes = 0, 0.0, {}, {self.provenance["code"]}
-        if not self.plan and (state := self.read_checkpoint(path, identity)):
+        step, seconds, trace, codes, kept = 0, 0.0, {}, {self.provenance["code"]}, {}
+        state = None if self.plan else self.read_checkpoint(path, identity)
+        if state and {at for at in keep if at <= state["step"]} <= state["kept"].keys():
+            kept = state["kept"]
             model.load_state_dict(state["model"])
             step, seconds, trace = state["step"], state["seconds"], state["trace"]
             codes = set(state["codes"]) | (codes if step < steps else set())
@@ -417,6 +422,8 @@ class Run:
                     trace[name] = torch.zeros(steps, device=self.device)
                 trace[name][step] = value.detach()
             step += 1
+            if step in keep:
+                kept[step] = {name: each.clone() for name, each in model.state_dict().items()}
             now, stop = time.perf_counter(), self.stop_agreed(step, step == end)
             save = stop or step == end or now - saved > CHECKPOINT_SECONDS
             if save or now - logged > LOG_SECONDS:
@@ -434,7 +441,8 @@ class Run:
                 shown, logged = step, now
             if save and self.rank == 0 and not self.plan:
                 state = {"identity": identity, "codes": sorted(codes), "step": step, "trace": trace,
-                         "seconds": seconds + now - start, "model": model.state_dict()}
+                         "seconds": seconds + now - start, "model": model.state_dict(),
+                         "kept": kept}
                 if step < steps:
                     state["optimizer"] = optimizer.state_dict()
                 write_checkpoint(path, state)
@@ -452,7 +460,7 @@ class Run:
             self.say(f"  {purpose:<40} {seconds / 60:8.1f} min: {steps} steps of "
                      f"{seconds / steps:.3f} s")
             self.planned[purpose] = Trained(None, steps, seconds, learning_curves(trace))
-        return Trained(model, steps, seconds, learning_curves(trace), tuple(sorted(codes)))
+        return Trained(model, steps, seconds, learning_curves(trace), tuple(sorted(codes)), kept)
 
     def stop_agreed(self, step, last):
         """Whether a rank was asked to stop; several ranks ask one another every ten steps."""
@@ -471,6 +479,7 @@ class Run:
             state = torch.load(path, map_location=self.device, weights_only=True)
             if state["identity"] == identity:
                 [state[key] for key in ("step", "seconds", "model", "trace", "codes")]  # all there
+                state.setdefault("kept", {})
                 return state
             reason = "made by another run"
         except Exception as error:  # rubbish can make torch.load raise nearly anything

@@ -1,4 +1,6 @@
 """Protocols against slow references and cases with known answers."""
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -38,7 +40,7 @@ def test_linear_probe_reaches_the_optimum_of_its_objective():
         with torch.no_grad():
             w -= 0.5 * grads[0]
             b -= 0.5 * grads[1]
-    assert float(loss(weight.double(), bias.double()) - loss(w, b).detach()) < 1e-5
+    assert float(loss(weight.T.double(), bias.double()) - loss(w, b).detach()) < 1e-5
 
 
 def test_linear_probe_is_deterministic_and_scale_free():
@@ -52,13 +54,25 @@ def test_linear_probe_is_deterministic_and_scale_free():
 def test_linear_probe_chooses_its_penalty_without_the_test_set(monkeypatch):
     seen = []
     original = evaluate._fit_logistic
-    monkeypatch.setattr(evaluate, "_fit_logistic", lambda x, y, c, penalty,
-                        i: seen.append((len(x), penalty)) or
-                        original(x, y, c, penalty, i))
+    monkeypatch.setattr(evaluate, "_fit_logistic", lambda x, y, c, penalty, *rest:
+                        seen.append((len(x), penalty)) or original(x, y, c, penalty, *rest))
     train = clusters(300, spread=3.0)
     for test_labels in (torch.zeros(100, dtype=torch.int64), torch.ones(100, dtype=torch.int64)):
         evaluate.linear_probe(*train, clusters(100, seed=1)[0], test_labels)
-    assert seen[:4] == seen[4:] and [length for length, _ in seen[:4]] == [270, 270, 270, 300]
+    half = len(seen) // 2
+    assert seen[:half] == seen[half:] and half >= 3
+    assert [length for length, _ in seen[:half]] == [270] * (half - 1) + [300]
+    assert [penalty for _, penalty in seen[:half - 1]] == list(evaluate.PENALTIES[:half - 1])
+    assert seen[half - 1][1] in evaluate.PENALTIES[:half - 1]
+
+
+def test_linear_probe_warns_when_the_best_penalty_is_the_last_one_tried():
+    train, test = clusters(300, spread=3.0), clusters(100, seed=1, spread=3.0)
+    with pytest.warns(UserWarning, match="best penalty"):
+        evaluate.linear_probe(*train, *test, penalties=(1e-3, 1e-4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate.linear_probe(*train, *test, penalties=(1e-2,))  # nothing to choose
 
 
 def test_knn_agrees_with_the_plain_definition():
