@@ -75,6 +75,8 @@ RESULT = re.compile(r"Result, (\w+): (\S+) (\S+) \+- (\S+) against (\S+) (\S+) \
 def test_the_result_line_follows_from_the_records(paper):
     script, _ = load(paper)
     found = RESULT.search(re.sub(r"\n +", " ", script.__doc__))
+    if not list((ROOT / "results").glob(f"*/{paper}.jsonl")):
+        pytest.skip("nothing is recorded yet")
     scale, row, mean, sd, other, control, n, published = found.groups()
     rows = json.loads((ROOT / "results" / scale / "summary.json").read_text())[paper]["rows"]
     for shown, value in ((mean, rows[row]["mean"]), (sd, rows[row]["sd"]),
