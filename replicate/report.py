@@ -280,15 +280,15 @@ def make_table(header, rows):
     return [line(header), line(["---"] * len(header)), *map(line, rows)]
 
 
-def distinct(values):
-    return ", ".join(sorted({str(value) for value in values if value})) or "not recorded"
+def distinct(values, separator=", "):
+    return separator.join(sorted({str(value) for value in values if value})) or "not recorded"
 
 
 def hardware_of(pooled):
-    return distinct(str(record.get("device"))
-                    + (f", {count(record['threads'], 'thread')}" if record.get("threads") else "")
-                    + (f", {record['ranks']} ranks" if record.get("ranks", 1) != 1 else "")
-                    for record in pooled)
+    return distinct((str(record.get("device"))
+                     + (f", {count(record['threads'], 'thread')}" if record.get("threads") else "")
+                     + (f", {record['ranks']} ranks" if record.get("ranks", 1) != 1 else "")
+                     for record in pooled), "; ")
 
 
 def show_interval(claim):
@@ -443,8 +443,8 @@ def render_page(view, curves, pictures):
 
 # The index
 def short_name(view):
-    """Authors and year, as far as the title names them before a colon."""
-    return view.title.split(":")[0].strip()
+    """The YAML's name, else the title up to its first colon."""
+    return view.declared.get("name") or view.title.split(":")[0].strip()
 
 
 def headline_text(view):
@@ -559,6 +559,8 @@ def render(results, papers):
     """
     files, suites = {}, {}
     for folder in sorted({path.parent for path in results.glob("*/*.jsonl")}):
+        if folder.name == "bench":  # the benchmark's own records
+            continue
         suite_files, views = render_suite(folder, papers)
         files.update(suite_files)
         if views and is_published(folder.name):
