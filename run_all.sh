@@ -2,14 +2,15 @@
 # One command for everything: see README.md, or ./run_all.sh --help.
 set -o pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-usage="usage: ./run_all.sh [smoke|small|full|paper] [SCRIPT ...] [--seeds 0,1,2] [--rows GLOB]
-           [--data DIR|embedded] [--device auto|cpu|cuda] [--set key=value ...] [--results DIR]
-           [--runs DIR] [--force] [--jobs N: so many papers or seeds side by side]
-       ./run_all.sh plan [SCALE] [SCRIPT ...] [options]     minutes and memory per row, nothing else
-       ./run_all.sh tables [--check] [--results DIR]       render the tables, or compare them
-       ./run_all.sh test [pytest options]                  the test suite
+usage="usage: ./run_all.sh [smoke|demo|small|full|paper] [SCRIPT ...] [--seeds 0,1,2] [--rows GLOB]
+           [--data DIR] [--device auto|cpu|cuda] [--set key=value ...] [--results DIR] [--runs DIR]
+           [--force] [--quiet] [--jobs N: so many papers or seeds side by side]
+       ./run_all.sh plan [SCALE] [SCRIPT ...] [options]   what would run: rows, minutes, memory
+       ./run_all.sh tables [--check] [--results DIR]      render the pages, or compare them
+       ./run_all.sh test [pytest options]                 the test suite
        ./run_all.sh bench [SCALE] [SCRIPT ...] [--results DIR]   speed against the usual ways
-Without a scale it takes small or full where data are on disk, and else smoke, and says why."
+Without a scale it takes full where a CUDA GPU and the data are there, else demo, and says why.
+Results go to out/, checkpoints to runs/; results/ is the reference they are compared with."
 fail() { echo "error: $*" >&2; exit 2; }
 case "${1:-}" in -h|--help|help) echo "$usage"; exit 0 ;; esac
 
@@ -56,27 +57,33 @@ known=$(cd "$here/papers" && printf '%s ' *.yaml | sed 's/\.yaml//g')
 scale=; papers=(); options=(); seeds=; jobs=1
 while [ $# -gt 0 ]; do
     word=$1
-    case "$word" in --force|--plan|--*=*) ;; --*) shift; [ $# = 0 ] || word=$word=$1 ;; esac
+    case "$word" in --force|--plan|--quiet|--*=*) ;; --*) shift; [ $# = 0 ] || word=$word=$1 ;; esac
     case "$word" in
         --plan) plan=(--plan) ;;
         --seeds=*) seeds=${word#*=} ;;
         --jobs=*) jobs=${word#*=} ;;
         --scale=*) scale=${word#*=} ;;
         -*) options+=("$word") ;;
-        smoke|small|full|paper) scale=$word ;;
+        smoke|demo|small|full|paper) scale=$word ;;
         *) [ -f "$here/papers/$word.yaml" ] || fail "unknown scale or paper '$word'; scales:" \
-               "smoke, small, full, paper; papers: $known"
+               "smoke, demo, small, full, paper; papers: $known"
            papers+=("$word") ;;
     esac
     shift
 done
 case "$jobs" in ''|*[!0-9]*|0) fail "--jobs takes a whole number from 1, not '$jobs'" ;; esac
 [ ${#papers[@]} -gt 0 ] || read -ra papers <<<"$known"
-if [ -z "$scale" ]; then scale=$("$python" -m replicate.data "${options[@]}") || exit $?; fi
+if [ -z "$scale" ]; then
+    scale=$("$python" -m replicate.terminal scale "${papers[@]}" "${options[@]}") || exit $?
+fi
 [ -n "$seeds" ] || { [ "$scale" = smoke ] && seeds=0 || seeds=0,1,2; }
-[ ${#plan[@]} = 0 ] || seeds=${seeds%%,*}
+words=(${seeds//,/ }); count=${#words[@]}
+[ ${#plan[@]} = 0 ] || { seeds=${seeds%%,*}; echo "Plan of scale $scale, timed here:"; }
 share=$((cores / jobs > 0 ? cores / jobs : 1))
-[ "$jobs" = 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$share}
+[ "$jobs" = 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$share} REPLICATE_PLAIN=1
+REPLICATE_LEDGER=$(mktemp) || fail "no room for a temporary file"
+export REPLICATE_LEDGER  # every run notes here what it was, for the summary at the end
+trap 'rm -f "$REPLICATE_LEDGER"' EXIT
 trap 'stopped=1' INT  # the children hear it too, save their states and end with 130
 trap 'stopped=1; [ ${#children[@]} = 0 ] || kill -TERM "${children[@]}" 2>/dev/null' TERM
 
@@ -110,5 +117,6 @@ for seed in ${seeds//,/ }; do  # seed 0 of every paper first: it always leaves w
 done
 reap 0
 [ -z "$stopped" ] || exit 130
+"$python" -m replicate.terminal end "$REPLICATE_LEDGER" --seeds "$count" "${plan[@]}"
 [ ${#failed[@]} = 0 ] || echo "not finished: ${failed[*]}" >&2
 exit $status

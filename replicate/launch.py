@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from replicate import records, report, trainer
+from replicate import records, report, terminal, trainer
 from replicate.records import ROOT, InputError
-from replicate.trainer import Interrupted, Run, TrainingFailed, peak_memory, read_settings
+from replicate.trainer import Interrupted, Run, TrainingFailed, read_settings
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,25 +29,29 @@ class Parser(argparse.ArgumentParser):
 def parse(paper, arguments, options=None):
     parser = Parser(prog=f"python -m papers.{paper}", allow_abbrev=False)
     add = parser.add_argument
-    add("--scale", default="small", help="smoke, small, full or paper")
+    add("--scale", default="small", help="smoke, demo, small, full or paper")
     add("--seeds", help="such as 0,1,2; default: those that the scale declares")
     add("--rows", default="*", metavar="GLOB", help="such as 'rotnet4/*'; several with commas")
     add("--data", default="", metavar="DIR", help="data root, or 'embedded' for drawn images")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="change a setting; its results go to a suite of their own")
-    add("--results", default=str(ROOT / "results"), metavar="DIR")
+    add("--results", default=str(ROOT / "out"), metavar="DIR",
+        help="default: out/; results/ holds the reference")
     add("--runs", default=str(ROOT / "runs"), metavar="DIR", help="checkpoints")
-    add("--plan", action="store_true", help="time a few steps of everything, and stop")
+    add("--plan", action="store_true", help="time a few steps of what is not recorded, and stop")
+    add("--quiet", action="store_true", help="print results and errors only")
     add("--force", action="store_true", help="run again what is recorded already")
     if options:
         options(parser)
     return parser.parse_args(arguments)
 
 
-def tell(line):
-    """One line on stderr, from the first rank only."""
+def tell(line, run=None):
+    """One line on stderr, from the first rank only; the live line of a run makes room."""
     if int(os.environ.get("RANK", 0)) == 0:
+        if run:
+            run.line.clear()
         print(line, file=sys.stderr, flush=True)
 
 
@@ -129,13 +133,16 @@ def runs(script, Config, options, rows, always):
                   {name: declared["rows"][name] for name in names}, device, only=only,
                   suite=suite_name(options.scale, config, own, overrides), results=options.results,
                   runs=options.runs, data="" if drawn else options.data, force=options.force,
-                  scale_rows=block.get("rows", ["*"]), plan=options.plan)
+                  scale_rows=block.get("rows", ["*"]), plan=options.plan,
+                  quiet=options.quiet)
         run.left_out = left_out
         todo, have = run.wants("*"), len(records.matching(names, run.scale_rows))
         pictures = any(str(value).startswith("folder:") for value in vars(config).values())
         if not todo and have and pictures:
             run.say(f"seed {seed}: {have} rows are recorded; are the pictures still the same?")
-        if todo or always or have and pictures:
+        if options.plan:
+            yield run
+        elif todo or always or have and pictures:
             run.say(f"{run.paper}, scale {options.scale}, seed {seed}: {len(todo)} rows to do on "
                     f"{trainer.device_name(device)}, {run.ranks} rank(s), "
                     f"{torch.get_num_threads()} threads, run {run.hash}")
@@ -144,6 +151,7 @@ def runs(script, Config, options, rows, always):
         elif have:
             file = run.suite / f"{run.paper}.jsonl"
             run.say(f"seed {seed}: nothing to do, {have} rows of {run.paper} are in {file}")
+            terminal.note(run)
         else:
             run.say(f"seed {seed}: scale {options.scale} has none of these rows")
 
@@ -191,7 +199,7 @@ def attempt(run, reproduce):
             line, alone = failure(error, run), run.plan or run.ranks > 1 or not run.asked
             if not line:
                 raise
-            tell(f"error: {line}")
+            tell(f"error: {line}", run)
             status = 3
             if not run.plan:
                 run.give_up(line)
@@ -226,18 +234,20 @@ def launch(script, Config, reproduce, arguments=None, *, rows=None, options=None
         if isinstance(other, int):
             return other
         for run in runs(script, Config, given, rows, always=bool(other)):
-            status = attempt(run, other or reproduce) or status
+            if not run.plan or run.wants("*"):
+                status = attempt(run, other or reproduce) or status
+            terminal.note(run)
             if run.plan:
-                minutes = sum(part.seconds for part in run.planned.values()) / 60
-                run.say(f"plan: {minutes:.0f} minutes a seed, peak memory so far "
-                        f"{peak_memory(run.device):.0f} MB")
+                here = records.matching(records.matching(run.rows, run.scale_rows), run.only)
+                recorded = len(here) - len(run.settled & set(here))
+                run.say("\n".join(terminal.plan_lines(run, recorded)))
             elif run.rank == 0:
                 render_tables(run.suite.parent, Path(script).parent)
             if status == 3 and run.ranks > 1:
                 break
         return status
     except (InputError, OSError) as error:
-        tell(f"error: {error}")
+        tell(f"error: {error}", run)
         return 2
     except AssertionError as error:
         frames = traceback.extract_tb(error.__traceback__)
@@ -246,7 +256,7 @@ def launch(script, Config, reproduce, arguments=None, *, rows=None, options=None
         tell(f"error: {error}")
         return 2
     except Interrupted:
-        tell("interrupted: the same command goes on from the state saved last")
+        tell("interrupted: the same command goes on from the state saved last", run)
         return 130
     finally:
         for number, handler in handlers.items():

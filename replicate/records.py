@@ -14,6 +14,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 # The shared files that can change a number
 SHARED = ("trainer.py", "data.py", "files.py", "evaluate.py", "embedded.py")
+SIDE = r"(\S+)(?: - ([^\s\d]\S*))?"  # of a claim: a row, or the difference of two
 
 
 class InputError(Exception):
@@ -105,39 +106,60 @@ def rows_of(curve):
             for row in ([line["row"]] if isinstance(line, dict) else [row for _, row in line])]
 
 
+def read_claim(test):
+    """A claim's test -> ({row: weight}, margin): the weighted sum of the rows' values is claimed to
+    be above the margin.
+
+    The test is `side > side` or `side < side`; a side is `row` or `row - row`, and the right one
+    may end in a margin, `+ 5` or `- 5`.  ValueError for anything else.
+    """
+    parts = re.fullmatch(rf"{SIDE} ([<>]) {SIDE}(?: ([+-]) (\d[\d.]*))?", test)
+    if not parts:
+        raise ValueError(f"'{test}' is not of the form 'row > row + 5' or 'row - row > row - row'")
+    *rows, direction, margin = [parts[group] for group in (1, 2, 4, 5, 6, 7)]
+    sign, weights = 1 if parts[3] == ">" else -1, {}
+    for row, weight in zip(rows, (sign, -sign, -sign, sign)):
+        if row:
+            weights[row] = weights.get(row, 0) + weight
+    weights = {row: weight for row, weight in weights.items() if weight}
+    if not weights:
+        raise ValueError(f"'{test}' compares rows with themselves")
+    return weights, float(margin or 0) * (sign if direction == "+" else -sign) + 0.0
+
+
 def read_declared(path):
     """What <paper>.yaml says, rows and claims spelt out; path: that file's or the script's.
 
-    A claim gets first, sign, second and margin: "a > b + 5" says a is above b by more than 5, and
-    "a < b - 5" below it by as much.  InputError where the file is of another shape.
+    A claim gets weights and margin (see `read_claim`), scales (None: all) and ours (whether its
+    `where` begins with that word).  InputError where the file is of another shape.
     """
     path = Path(path).with_suffix(".yaml")
     try:
-        declared = {"claims": {}, "curves": {}, "comparable": ["full", "paper"], "title": path.stem,
+        declared = {"claims": {}, "curves": {}, "figures": {}, "headline": [], "title": path.stem,
+                    "comparable": ["full", "paper"],
                     **yaml.safe_load(path.read_text(encoding="utf-8"))}
         declared["rows"] = expand(declared.get("rows"))
         declared["scales"] = declared.get("scales") or {}
+        declared["headline"] = list(expand(dict.fromkeys(declared["headline"] or ())))
+        declared["figures"] = dict(declared["figures"] or {})
+        named = set(declared["headline"])
         for name, claim in declared["claims"].items():
-            parts = re.fullmatch(r"(\S+) ([<>]) (\S+)(?: ([+-]) ([\d.]+))?", claim["test"])
-            if not parts:
-                raise InputError(f"{path.name}: claim '{name}' is not of the form 'row > row + 5'")
-            first, sign, second, direction, margin = parts.groups()
-            margin, against = float(margin or 0), (direction == "+") != (sign == ">")
-            shift = f" {direction} {margin}" if margin else ""
-            claim["test"] = f"{first} {sign} {second}{shift}"
-            claim["margin"] = -margin if margin and against else margin
-            claim.update(first=first, sign=sign, second=second)
-        named = {row for curve in declared["curves"].values() for row in rows_of(curve)}
-        for claim in declared["claims"].values():
-            named |= {claim["first"], claim["second"]}
+            weights, margin = read_claim(claim["test"])
+            claim.update(weights=weights, margin=margin, scales=claim.get("scales"),
+                         ours=claim["where"].startswith("ours"), text=str(claim["text"]))
+            unknown = set(claim["scales"] or ()) - declared["scales"].keys()
+            if unknown:
+                raise ValueError(f"claim '{name}' names unknown scales: {sorted(unknown)}")
+            named |= weights.keys()
+        named |= {row for curve in declared["curves"].values() for row in rows_of(curve)}
     except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
         text = " ".join(str(error).split())
         kind = type(error).__name__
         raise InputError(f"{path.name} is not of the right shape ({kind}: {text})") from None
     missing = sorted(named - declared["rows"].keys())
     if missing:
-        lacking = ", ".join(missing)
-        raise InputError(f"{path.name}: claims or curves name rows that it lacks: {lacking}")
+        raise InputError(f"{path.name}: claims, curves or headline name rows that it lacks: "
+                         f"{', '.join(missing)}")
     return declared
 
 

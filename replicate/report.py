@@ -1,16 +1,17 @@
-"""Run records -> claims -> tables: makes all of results/ but the records, the PNGs and NOTES.md.
+"""Run records -> claims -> pages: makes all of results/ but the records, the PNGs and NOTES.md.
 
     python -m replicate.report [--check] [--results DIR]
 
+A folder other than results/ gets pages on which your values stand beside those of results/.
 It needs no torch and imports no paper.  The same records and YAML files give the same bytes.
 """
 import argparse
-import glob
+import itertools
 import json
 import math
-import shlex
 import statistics
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from replicate import charts, records
@@ -18,14 +19,18 @@ from replicate.neutral import read_lines, unmarked
 from replicate.records import InputError, write_atomically
 
 INDEX_TITLE = "# Results"
-SCALES = {
-    "smoke": "a test that everything runs; its numbers mean nothing",
-    "small": "a reduced protocol for two CPU cores: claims get verdicts, absolute values are not "
-             "comparable with the paper",
+SCALES = {  # the largest first, as the index lists them
+    "paper": "the paper's data and settings, field by field",
     "full": "whole data sets on one GPU: the paper's own protocol where one GPU allows it, else "
             "the one its script declares",
-    "paper": "the paper's data and settings, field by field",
+    "small": "real images, small networks and little training, for two CPU cores: compare rows "
+             "with one another, not with the paper's values",
+    "demo": "images drawn by the code and a few minutes of training: compare rows with one "
+            "another, not with the paper's values",
+    "smoke": "a test that everything runs; its numbers mean nothing",
 }
+VERDICTS = ("reproduced", "contradicted", "open")
+BLOCK = "<!-- made by ./run_all.sh tables -->", "<!-- end -->"  # around the table in README.md
 
 
 # Statistics
@@ -47,68 +52,223 @@ def student_t_quantile(degrees):
     return math.sqrt(degrees) * math.tan(low)
 
 
-def judge_claim(first, sign, second, margin):
-    """Verdict on `first > second + margin` or `first < second - margin`; both: {seed: value}.
+def judge(effects, margin):
+    """Verdict on the claim that an effect is above a margin; effects: its value with each seed.
 
-    Over the seeds both have: the mean of the paired differences, counted in the claimed direction,
-    and its Student-t 95 % interval.  Reproduced when its lower end passes the margin, contradicted
-    when its upper end falls short of it, else, or with fewer than 3 seeds, open.
+    With the mean and its Student-t 95 % interval.  Reproduced when the lower end passes the margin,
+    contradicted when the upper end falls short of it, else, or with fewer than 3 seeds, open.
     """
-    direction, shared = 1 if sign == ">" else -1, sorted(first.keys() & second.keys())
-    differences = [direction * (first[seed] - second[seed]) for seed in shared]
-    n, mean, low, high, verdict = len(differences), None, None, None, "open"
+    n, mean, low, high, verdict = len(effects), None, None, None, "open"
     if n:
-        mean = statistics.fmean(differences)
+        mean = statistics.fmean(effects)
     if n >= 2:
-        half = student_t_quantile(n - 1) * statistics.stdev(differences) / math.sqrt(n)
+        half = student_t_quantile(n - 1) * statistics.stdev(effects) / math.sqrt(n)
         low, high = mean - half, mean + half
     if n >= 3:
         verdict = "reproduced" if low > margin else "contradicted" if high < margin else "open"
     return {"n": n, "mean": mean, "low": low, "high": high, "verdict": verdict}
 
 
+def setup(record):
+    return {**record.get("config", {}), "seed": None}
+
+
+def alike(first, second):
+    """Whether two records were made with the same settings, seed apart, and the same data."""
+    return (setup(first) == setup(second)
+            and records.same_data(first.get("data", {}), second.get("data", {})))
+
+
+def effects_of(claim, rows):
+    """A claim's effect with each seed that all its rows have, with the same data and settings."""
+    by_seed = [{record["seed"]: record for record in rows[row]["pooled"]}
+               for row in claim["weights"]]
+    found = []
+    for seed in sorted(set.intersection(*map(set, by_seed))):
+        several = [records_of_row[seed] for records_of_row in by_seed]
+        if all(alike(*pair) for pair in itertools.combinations(several, 2)):
+            found.append(sum(weight * record["value"] for weight, record
+                             in zip(claim["weights"].values(), several)))
+    return found
+
+
+def compare(ours, reference):
+    """How a row's mean lies to the reference's: "inside" or "outside" the interval in which 95 % of
+    means over as many seeds fall (Student t, the reference's sd), or why that is not said."""
+    if not ours["values"] or not reference["values"]:
+        return ""
+    if not alike(ours["pooled"][0], reference["pooled"][0]):
+        same = setup(ours["pooled"][0]) == setup(reference["pooled"][0])
+        return "other data" if same else "other settings"
+    n, own = len(reference["values"]), len(ours["values"])
+    if n < 2:
+        return ""
+    reach = student_t_quantile(n - 1) * reference["sd"] * math.sqrt(1 / n + 1 / own)
+    return "inside" if abs(ours["mean"] - reference["mean"]) <= reach + 1e-9 else "outside"
+
+
 def count(number, noun):
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
+def show_time(seconds):
+    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.1f} min"
+
+
 def summarize_row(found, is_stale):
-    """One row's records, in the order written -> values per seed, mean, sd, seconds, notes, ...
+    """One row's records, in the order written -> values per seed, mean, sd, notes, ...
 
     Records are pooled over seeds; of several with one seed the last counts.  Where configurations
     or data differ, seed apart, only records that share the most recent one's are pooled.
     """
-    def setup(record):
-        return {**record.get("config", {}), "seed": None}
     finished = [record for record in found if record["status"] == "ok"]
-    alike = [record for record in finished if setup(record) == setup(finished[-1])]
-    same = [record for record in alike
-            if records.same_data(record.get("data", {}), finished[-1].get("data", {}))]
+    settings = [record for record in finished if setup(record) == setup(finished[-1])]
+    same = [record for record in settings if alike(record, finished[-1])]
     by_seed = {record["seed"]: record for record in same}
     pooled = [by_seed[seed] for seed in sorted(by_seed)]
     last = {r["seed"]: r for r in found if not finished or setup(r) == setup(finished[-1])}
     failed = {seed: str(record.get("error", "no reason given")).strip().split("\n")[0][:100]
               for seed, record in sorted(last.items()) if record["status"] == "failed"}
-    stale = any(is_stale(record) for record in pooled)
-    notes = ["changed since"] if stale else []
+    notes = []
     if len(same) > len(pooled):
         notes.append(count(len(same) - len(pooled), "re-run"))
     if failed:
         notes.append(f"{len(failed)} failed ({'; '.join(sorted(set(failed.values())))})")
-    if len(alike) > len(same):
-        notes.append(f"{count(len(alike) - len(same), 'record')} of other data left out")
-    if len(finished) > len(alike):
-        others = count(len(finished) - len(alike), "record")
+    if len(settings) > len(same):
+        notes.append(f"{count(len(settings) - len(same), 'record')} of other data left out")
+    if len(finished) > len(settings):
+        others = count(len(finished) - len(settings), "record")
         notes.append(f"configs differ: {others} of another config left out")
     if any(record.get("dirty") for record in pooled):
         notes.append("uncommitted code")
     if any(record.get("deterministic") is False for record in pooled):
         notes.append("not deterministic")
     values = {record["seed"]: record["value"] for record in pooled}
-    seconds = [r["seconds"] for r in pooled if isinstance(r.get("seconds"), (int, float))]
-    return {"pooled": pooled, "values": values, "failed": failed, "stale": stale, "notes": notes,
+    return {"pooled": pooled, "values": values, "failed": failed, "notes": notes,
+            "stale": any(is_stale(record) for record in pooled),
             "mean": statistics.fmean(values.values()) if values else None,
-            "sd": statistics.stdev(values.values()) if len(values) > 1 else None,
-            "seconds": statistics.fmean(seconds) if seconds else None}
+            "sd": statistics.stdev(values.values()) if len(values) > 1 else None}
+
+
+def seconds_of(pooled):
+    """Seconds that a seed's records took; a training that several rows rest on counts once.
+
+    Records from before their trainings were noted are taken by the first part of their rows' names:
+    the least seconds are the training's that they share, and equal ones a measure in common.
+    """
+    trainings, own, older = {}, set(), {}
+    for record in pooled:
+        seconds = record.get("seconds") or 0.0
+        if "trainings" in record:
+            trainings.update(record["trainings"])
+            left = seconds - sum(record["trainings"].values())
+            own.add((round(left, 1), *sorted(record["trainings"])))
+        else:
+            older.setdefault(record["row"].split("/")[0], set()).add(seconds)
+    return (sum(trainings.values()) + sum(max(0.0, seconds) for seconds, *_ in own)
+            + sum(min(several) + sum(each - min(several) for each in several)
+                  for several in older.values()))
+
+
+# What one suite has of one paper
+@dataclass
+class View:
+    """Records and verdicts of a paper in a suite; reference: the View of results/, or None."""
+    folder: Path
+    stem: str
+    declared: dict
+    rows: dict = field(default_factory=dict)     # {row: what summarize_row makes}
+    shown: list = field(default_factory=list)    # rows that the scale has, or that are recorded
+    claims: list = field(default_factory=list)   # judged, as dicts
+    waiting: list = field(default_factory=list)  # claims that are not for this scale
+    reference: "View | None" = None
+
+    @property
+    def suite(self):
+        return self.folder.name
+
+    @property
+    def scale(self):
+        return self.suite.split("-")[0]
+
+    @property
+    def title(self):
+        return self.declared["title"]
+
+    @property
+    def pooled(self):
+        return [record for ours in self.rows.values() for record in ours["pooled"]]
+
+    @property
+    def headline(self):
+        """The rows that sum the paper up: the YAML's, else the first four."""
+        there = [row for row in self.declared["headline"] if row in self.shown]
+        return there or [row for row in self.shown if self.rows[row]["values"]][:4]
+
+    def hours(self, per_seed=False):
+        """Hours that the records took, in all or for one seed, on the mean."""
+        seeds = {record["seed"] for record in self.pooled}
+        total = sum(seconds_of([each for each in self.pooled if each["seed"] == seed])
+                    for seed in seeds) / 3600
+        return total / max(1, len(seeds)) if per_seed else total
+
+    def verdicts(self, ours=False):
+        """How many claims, the paper's or ours, are reproduced, contradicted and open."""
+        found = [claim["verdict"] for claim in self.claims if claim["ours"] == ours]
+        return [found.count(verdict) for verdict in VERDICTS]
+
+    def value(self, row):
+        """A row's mean with its spread and number of seeds, or what became of it."""
+        ours = self.rows[row]
+        if not ours["values"]:
+            return "failed" if ours["failed"] else "not run"
+        spread = "" if ours["sd"] is None else f" ± {ours['sd']:.2f}"
+        return f"{ours['mean']:z.2f}{'†' * ours['stale']}{spread} ({len(ours['values'])})"
+
+    def published(self, row):
+        """The paper's value, with a question mark where it is not confirmed; or a dash."""
+        entry = self.declared["rows"][row]
+        return f"{entry['paper']}{'?' * bool(entry.get('unconfirmed'))}" if "paper" in entry else "–"
+
+
+def look(folder, stem, papers, reference=None):
+    """(View of a suite's paper, warnings); reference: the suite's folder in results/, or None."""
+    script = papers / f"{stem}.py"
+    found, warnings = records.read(folder / f"{stem}.jsonl")
+    declared = records.read_declared(script)
+    view, published = View(folder, stem, declared), declared["rows"]
+    unknown = sorted({record["row"] for record in found} - published.keys())
+    warnings += [f"{folder.name}/{stem}.jsonl: {stem}.yaml has no row {row!r}, its records are left "
+                 "out" for row in unknown if published]
+    today = records.code_hash(script)
+    changes = read_lines(stem, papers.parent / "results" / "neutral.jsonl")
+    view.rows = {row: summarize_row([record for record in found if record["row"] == row],
+                                    lambda record: not unmarked(record, today, changes))
+                 for row in published}
+    block = declared["scales"].get(view.scale) or {}
+    here = records.matching(published, block.get("rows", ["*"]))
+    view.shown = [row for row, entry in published.items()
+                  if row in here and entry.get("where")  # one for users' own files, once it is run
+                  or view.rows[row]["values"] or view.rows[row]["failed"]]
+    for name, claim in declared["claims"].items():
+        rows = [view.rows[row] for row in claim["weights"]]
+        missing = not all(row in here or view.rows[row]["values"] for row in claim["weights"])
+        judged = {"id": name, "statement": claim["text"], "where": claim["where"],
+                  "test": claim["test"], "margin": claim["margin"], "ours": claim["ours"],
+                  "stale": any(row["stale"] for row in rows)}
+        if missing or claim["scales"] and view.scale not in claim["scales"]:
+            view.waiting.append(judged)
+        else:
+            view.claims.append({**judged, **judge(effects_of(claim, view.rows), claim["margin"])})
+    if reference and (reference / f"{stem}.jsonl").exists():
+        view.reference, _ = look(reference, stem, papers)
+    return view, warnings
+
+
+def reference_of(folder, papers):
+    """The same suite in results/, unless that is the suite itself."""
+    reference = papers.parent / "results" / folder.name
+    return None if reference.resolve() == folder.resolve() else reference
 
 
 # Pages
@@ -120,8 +280,15 @@ def make_table(header, rows):
     return [line(header), line(["---"] * len(header)), *map(line, rows)]
 
 
-def distinct(values):
-    return ", ".join(sorted({str(value) for value in values if value})) or "not recorded"
+def distinct(values, separator=", "):
+    return separator.join(sorted({str(value) for value in values if value})) or "not recorded"
+
+
+def hardware_of(pooled):
+    return distinct((str(record.get("device"))
+                     + (f", {count(record['threads'], 'thread')}" if record.get("threads") else "")
+                     + (f", {record['ranks']} ranks" if record.get("ranks", 1) != 1 else "")
+                     for record in pooled), "; ")
 
 
 def show_interval(claim):
@@ -131,81 +298,209 @@ def show_interval(claim):
     return f"{claim['mean']:+z.2f}{interval} ({claim['n']})"
 
 
-def table_line(row, entry, ours, suite, declared, command):
-    """The cells of a row's line; command: a format with a place for the row."""
-    published, where = entry.get("paper"), entry.get("where", "")
-    paper = "–" if published is None else f"{published}{'?' if entry.get('unconfirmed') else ''}"
-    cell = "failed" if ours["failed"] else "not run"
-    if ours["values"]:
-        spread = "" if ours["sd"] is None else f" ± {ours['sd']:.2f}"
-        cell = f"{ours['mean']:z.2f}{'†' if ours['stale'] else ''}{spread} ({len(ours['values'])})"
-    compared = bool(ours["values"]) and published is not None
-    metrics = sorted({record.get("metric", "accuracy") for record in ours["pooled"]} - {"accuracy"})
-    apart = compared and suite not in declared["comparable"]
-    notes = metrics + ["not comparable"] * apart + ours["notes"]
-    return [row, paper + (f" ({where})" if where else ""), cell,
-            f"{ours['mean'] - published:+z.2f}" if compared else "", "; ".join(notes),
-            "" if ours["seconds"] is None else f"{ours['seconds']:.0f}",
-            f"`{command.format(glob.escape(row))}`" if ours["values"] or ours["failed"] else ""]
+def sentence_on_claims(view):
+    """What became of a paper's claims, and of ours, in one line."""
+    counts = view.verdicts()
+    text = (f"Of the paper's {count(sum(counts), 'claim')} judged here **{counts[0]} reproduced, "
+            f"{counts[1]} contradicted, {counts[2]} open**")
+    if sum(ours := view.verdicts(ours=True)):
+        text += f"; of {sum(ours)} of ours {ours[0]}, {ours[1]}, {ours[2]}"
+    waiting = len(view.waiting)
+    if waiting:
+        text += f"; {waiting} more {'needs another scale' if waiting == 1 else 'need other scales'}"
+    return text + "."
 
 
-def render_paper(suite, declared, rows, claims, figures, stem):
-    """The Markdown page of one paper in one suite."""
-    scale, drawn = suite.split("-")[0], suite.endswith("-embedded")
-    pooled = [record for ours in rows.values() for record in ours["pooled"]]
-    datasets = distinct(record.get("config", {}).get("dataset") for record in pooled)
-    command = f"python -m papers.{stem} --scale {scale} --rows '{{}}'"
-    if suite != scale:
-        command += " --data embedded" if drawn else f" --set {shlex.quote(f'dataset={datasets}')}"
+def render_claims(view):
+    lines, reference = ["## Claims", "", sentence_on_claims(view)], {}
+    if view.reference:
+        reference = {claim["id"]: claim["verdict"] for claim in view.reference.claims}
+    header = ["claim", "where", "effect [95 % interval] (n)", "verdict"]
+    for ours, above in ((False, []), (True, ["", "Ours, which the paper does not make:"])):
+        table = [[claim["statement"], claim["where"], show_interval(claim),
+                  claim["verdict"] + " †" * claim["stale"],
+                  *([reference.get(claim["id"], "–")] if view.reference else [])]
+                 for claim in view.claims if claim["ours"] == ours]
+        if table:
+            lines += [*above, ""]
+            lines += make_table(header + ["reference"] * bool(view.reference), table)
+    lines += ["", "Effect: the claimed difference, paired by seed, its mean over n seeds and "
+              "Student-t interval. Reproduced: the whole interval is on the claimed side; "
+              "contradicted: none of it; else, or with fewer than 3 seeds, open."]
+    return lines
+
+
+def render_figures(view, curves, pictures):
+    """curves: {file: caption}; pictures: names of PNG files."""
+    captions = {f"{view.stem}_{suffix}.png": caption
+                for suffix, caption in view.declared["figures"].items()}
+    named = [name for name in captions if name in pictures]
+    captions = {**{name: captions[name] for name in named}, **curves,
+                **{name: "" for name in pictures if name not in named}}
+    lines = []
+    for name, caption in captions.items():
+        text = " ".join(caption.split())
+        lines += ["", f"![{text or name}]({name})", *(["", f"*{text}*"] if text else [])]
+    return ["", "## Figures", *lines] if lines else []
+
+
+def row_notes(view, row):
+    metrics = {record.get("metric", "accuracy") for record in view.rows[row]["pooled"]}
+    metrics = metrics or {view.declared["rows"][row].get("unit", "accuracy")}
+    return "; ".join(sorted(metrics - {"accuracy"}) + view.rows[row]["notes"])
+
+
+def render_numbers(view):
+    """The table of rows: the paper's value, the reference's, and this suite's."""
+    notes = {row: row_notes(view, row) for row in view.shown}
+    comparable = view.suite in view.declared["comparable"]
+    header = ["row", "paper", *(["reference", "yours", "in its spread?"] if view.reference
+                                else ["mean ± sd (n)"]),
+              *["difference"] * comparable, *["note"] * any(notes.values())]
+    table, words = [], {"inside": "yes", "outside": "no"}
+    for row in view.shown:
+        entry, ours = view.declared["rows"][row], view.rows[row]
+        where = entry.get("where", "")
+        cells = [row, view.published(row) + (f" ({where})" if where else "")]
+        if view.reference:
+            state = compare(ours, view.reference.rows[row])
+            cells += [view.reference.value(row), view.value(row), words.get(state, state)]
+        else:
+            cells.append(view.value(row))
+        if comparable:
+            apart = "paper" in entry and ours["values"]
+            cells.append(f"{ours['mean'] - entry['paper']:+z.2f}" if apart else "")
+        table.append(cells + [notes[row]] * any(notes.values()))
+    lines = ["", "## Numbers", "", "Accuracy in percent on test images after the last step, unless "
+             "a note names another measure.", ""] + make_table(header, table)
+    remarks = ["sd: sample standard deviation over n seeds"]
+    if any("?" in view.published(row) for row in view.shown):
+        remarks.insert(0, "? the paper's value is not checked against the paper")
+    if any(view.rows[row]["stale"] for row in view.shown):
+        remarks.insert(0, "† the code has changed since in a way that may change this number")
+    if view.reference:
+        remarks.append("in its spread: within the interval that holds 95 % of such means, by the "
+                       "reference's sd and both n")
+    return [*lines, "", "; ".join(remarks) + "."]
+
+
+def render_seeds(view):
+    def cell(ours, seed):
+        if seed in ours["values"]:
+            return f"{ours['values'][seed]:z.2f}"
+        return "failed" if seed in ours["failed"] else "–"
+    rows = {row: view.rows[row] for row in view.shown
+            if view.rows[row]["values"] or view.rows[row]["failed"]}
     seeds = sorted({seed for ours in rows.values() for seed in (*ours["values"], *ours["failed"])})
-    hardware = (str(record.get("device"))
-                + (f", {count(record['threads'], 'thread')}" if record.get("threads") else "")
-                + (f", {record['ranks']} ranks" if record.get("ranks", 1) != 1 else "")
-                for record in pooled)
-    data = (f"{name} `{str(digest)[:12]}`" for record in pooled
-            for name, digest in record.get("data", {}).items())
-    meaning = SCALES.get(scale, "a scale of its own")
-    meaning += ", on the image sets drawn by the code itself" * drawn
-    lines = [f"# {declared['title']}", "",
-             f"Suite `{suite}`: {meaning}. Made from [{stem}.jsonl]({stem}.jsonl) by "
-             "`./run_all.sh tables`; no number is typed by hand.", ""]
+    table = [[row, *(cell(ours, seed) for seed in seeds)] for row, ours in rows.items()]
+    header = ["row", *(f"seed {seed}" for seed in seeds)]
+    return ["", "## Every seed", "", *make_table(header, table)] if seeds else []
+
+
+def render_making(view):
+    """How the numbers were made, and the command that makes them."""
+    pooled, stem = view.pooled, view.stem
+    command = f"./run_all.sh {view.scale} {stem}"
+    lines = ["", "## How it was made", ""]
     if pooled:
-        lines += ["- Values: accuracy in percent unless a note names another measure; "
-                  f"{distinct(record.get('selection') for record in pooled)} iterate, "
-                  f"seeds {', '.join(map(str, seeds))}",
-                  f"- Hardware: {distinct(hardware)}",
-                  f"- Software: torch {distinct(record.get('torch') for record in pooled)}; "
+        datasets = distinct(record.get("config", {}).get("dataset") for record in pooled)
+        if view.suite.endswith("-custom"):
+            command += " --set ..."
+        elif view.suite != view.scale:
+            command += f" --set 'dataset={datasets}'"
+        data = (f"{name} `{str(digest)[:12]}`" for record in pooled
+                for name, digest in record.get("data", {}).items())
+        seeds = sorted({record["seed"] for record in pooled})
+        lines += [f"- {count(len(seeds), 'seed')} ({', '.join(map(str, seeds))}), always the "
+                  f"{distinct(record.get('selection') for record in pooled)} iterate; about "
+                  f"{show_time(3600 * view.hours())} in all",
+                  f"- Hardware: {hardware_of(pooled)}",
+                  f"- Software: torch {distinct(record.get('torch') for record in pooled)}, "
                   f"torchvision {distinct(record.get('torchvision') for record in pooled)}",
-                  f"- Data (SHA-256): {distinct(data)}", ""]
-    table = [table_line(row, entry, rows[row], suite, declared, command)
-             for row, entry in declared["rows"].items()  # one for users' own images, once it is run
-             if entry.get("where") or rows[row]["values"] or rows[row]["failed"]]
-    lines += make_table(["row", "paper", "ours: mean ± sd (n)", "difference", "note", "seconds",
-                         "command"], table)
-    lines += ["", "? the paper's value is from memory, not confirmed; † the code has changed since "
-              "the run; sd: sample standard deviation over n seeds; seconds: mean over the seeds, "
-              "shared pre-training included."]
-    if claims:
-        lines += ["", "## Claims", ""]
-        table = [[claim["statement"], claim["where"], f"`{claim['test']}`", show_interval(claim),
-                  claim["verdict"] + " †" * claim["stale"]] for claim in claims]
-        lines += make_table(["claim", "where", "test", "mean difference [95 % interval] (n)",
-                             "verdict"], table)
-        lines += ["", "Paired differences over the seeds both rows have, Student-t interval. "
-                  "Reproduced: its lower end passes the margin; contradicted: its upper end falls "
-                  "short of it; else, or with fewer than 3 seeds, open."]
-    if seeds:
-        def cell(ours, seed):
-            if seed in ours["values"]:
-                return f"{ours['values'][seed]:z.2f}"
-            return "failed" if seed in ours["failed"] else "–"
-        table = [[row, *(cell(ours, seed) for seed in seeds)] for row, ours in rows.items()
-                 if ours["values"] or ours["failed"]]
-        lines += ["", "## Every seed", ""]
-        lines += make_table(["row", *(f"seed {seed}" for seed in seeds)], table)
-    if figures:
-        lines += ["", "## Figures", ""] + [f"![{name}]({name})" for name in figures]
+                  f"- Data (SHA-256): {distinct(data)}"]
+    lines += [f"- Again: `{command}`; one row alone: `--rows 'ROW'`",
+              f"- Records: [{stem}.jsonl]({stem}.jsonl); no number on this page is typed by hand"]
+    if view.claims or view.waiting:
+        lines += ["", "The tests behind the claims:", ""]
+        lines += make_table(["claim", "test"], [
+            [claim["statement"] + " (another scale)" * (claim in view.waiting), f"`{claim['test']}`"]
+            for claim in view.claims + view.waiting])
+    return lines
+
+
+def render_page(view, curves, pictures):
+    """The Markdown page of one paper in one suite."""
+    meaning = SCALES.get(view.scale, "a scale of its own")
+    meaning += ", on the image sets drawn by the code" * view.suite.endswith("-embedded")
+    lines = [f"# {view.title}", "", f"Scale `{view.suite}`: {meaning}. [All results](../README.md)",
+             ""]
+    if view.claims or view.waiting:
+        lines += render_claims(view)
+    lines += render_figures(view, curves, pictures)
+    lines += render_numbers(view) + render_seeds(view) + render_making(view)
+    return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
+
+
+# The index
+def short_name(view):
+    """The YAML's name, else the title up to its first colon."""
+    return view.declared.get("name") or view.title.split(":")[0].strip()
+
+
+def headline_text(view):
+    """The rows that sum a paper up, in one table cell."""
+    parts = []
+    for row in view.headline:
+        ours = view.rows[row]
+        if ours["values"]:
+            spread = "" if ours["sd"] is None else f" ± {ours['sd']:.1f}"
+            parts.append(f"{row} {ours['mean']:z.1f}{spread}{'†' * ours['stale']}")
+    return "; ".join(parts) or "–"
+
+
+def verdict_text(view, ours=False):
+    return " / ".join(map(str, view.verdicts(ours)))
+
+
+def render_index(results, suites):
+    """What was found, suite by suite; suites: {name: [View, ...]}."""
+    lines = [INDEX_TITLE, "", "Of every paper the rows that sum it up, and what became of its "
+             "claims. Made from the records; no number is typed by hand."
+             + (" Remarks: [NOTES.md](NOTES.md)." if (results / "NOTES.md").exists() else "")]
+    order = list(SCALES)
+    def place(name):
+        scale = name.split("-")[0]
+        return order.index(scale) if scale in order else len(order), name
+    for name in sorted(suites, key=place):
+        views = suites[name]
+        scale = SCALES.get(name.split("-")[0], "a scale of its own")
+        drawn = ", on the image sets drawn by the code" * name.endswith("-embedded")
+        lines += ["", f"## {name}", "", f"{scale[0].upper()}{scale[1:]}{drawn}.", ""]
+        table = [[f"[{short_name(view)}]({name}/{view.stem}.md)", headline_text(view),
+                  verdict_text(view), verdict_text(view, True) if any(view.verdicts(True)) else "–",
+                  show_time(3600 * view.hours())] for view in views]
+        lines += make_table(["paper", "mean ± sd, accuracy in percent unless named otherwise",
+                             "claims: reproduced / contradicted / open", "ours", "time"], table)
+        pooled = [record for view in views for record in view.pooled]
+        seeds = sorted({record["seed"] for record in pooled})
+        lines += ["", f"Seeds {', '.join(map(str, seeds)) or 'none'}; {hardware_of(pooled)}; torch "
+                  f"{distinct(record.get('torch') for record in pooled)}."]
+    if not suites:
+        lines += ["", "No runs yet."]
     return "\n".join(lines) + "\n"
+
+
+def render_block(suites):
+    """The table in README.md: of every paper its largest suite."""
+    table = {}
+    for scale in list(SCALES)[::-1]:
+        for view in suites.get(scale, []):
+            if any(view.rows[row]["values"] for row in view.headline):
+                table[view.stem] = [f"[{short_name(view)}](results/{scale}/{view.stem}.md)", scale,
+                                    headline_text(view), verdict_text(view)]
+    lines = make_table(["paper", "scale", "mean ± sd over seeds", "claims"],
+                       [table[stem] for stem in sorted(table)])
+    return "\n".join([BLOCK[0], "", *lines, "", BLOCK[1]])
 
 
 def round_numbers(value):
@@ -213,97 +508,71 @@ def round_numbers(value):
     return json.loads(json.dumps(value), parse_float=lambda digits: round(float(digits), 4) + 0.0)
 
 
+def summary_of(view):
+    """What summary.json says of a paper, for programs."""
+    return round_numbers({"claims": view.claims, "rows": {
+        row: {"paper": entry.get("paper"), "where": entry.get("where", ""),
+              "confirmed": not entry.get("unconfirmed", False), "n": len(view.rows[row]["values"]),
+              **{key: view.rows[row][key] for key in ("mean", "sd", "stale", "values")}}
+        for row, entry in view.declared["rows"].items()}})
+
+
 def is_published(suite):
     """Whether a suite belongs into the index and under the check: trials and experiments do not."""
     return not suite.startswith("smoke") and not suite.endswith("-custom")
 
 
-def judge_all(declared, rows):
-    claims = []
-    for name, claim in declared["claims"].items():
-        first, second = rows[claim["first"]], rows[claim["second"]]
-        pairs = [(a, b) for a in first["pooled"] for b in second["pooled"] if a["seed"] == b["seed"]
-                 and records.same_data(a.get("data", {}), b.get("data", {}))]
-        left = {one["seed"]: one["value"] for one, _ in pairs}
-        right = {other["seed"]: other["value"] for _, other in pairs}
-        verdict = judge_claim(left, claim["sign"], right, claim["margin"])
-        claims.append({"id": name, "statement": claim["text"], "where": claim["where"],
-                       "test": claim["test"], "margin": claim["margin"],
-                       "stale": first["stale"] or second["stale"], **verdict})
-    return claims
-
-
 def render_suite(folder, papers):
-    """({path: content}, {paper: summary}) of one suite folder."""
-    files, summary = {}, {}
+    """({path: content}, [View, ...]) of one suite folder."""
+    files, views = {}, []
     stems = sorted(path.stem for path in folder.glob("*.jsonl"))
     for stem in stems:
-        file, script = folder / f"{stem}.jsonl", papers / f"{stem}.py"
-        found, warnings = records.read(file)
-        name = f"{folder.name}/{file.name}"
-        if not script.exists():
-            warnings.append(f"{name}: there is no script {script.name}, skipped")
-        declared = records.read_declared(script) if script.exists() else {"rows": {}}
-        published = declared["rows"]
-        unknown = sorted({record["row"] for record in found} - published.keys())
-        warnings += [f"{name}: {stem}.yaml has no row {row!r}, its records are left out"
-                     for row in unknown if published]
-        print(*warnings, sep="\n", end="\n" * bool(warnings), file=sys.stderr)
-        if not script.exists():
+        if not (papers / f"{stem}.py").exists():
+            _, warnings = records.read(folder / f"{stem}.jsonl")
+            print(*warnings, f"{folder.name}/{stem}.jsonl: there is no script {stem}.py, skipped",
+                  sep="\n", file=sys.stderr)
             continue
-        today = records.code_hash(script)
-        changes = read_lines(stem, papers.parent / "results" / "neutral.jsonl")
-        rows = {row: summarize_row([record for record in found if record["row"] == row],
-                                   lambda record: not unmarked(record, today, changes))
-                for row in published}
-        claims, figures = judge_all(declared, rows), []
-        for name, curve in declared["curves"].items():
-            if charts.lines_of(curve, rows, published):
-                figures.append(f"{stem}_{name}.svg")
-                files[folder / figures[-1]] = charts.draw(curve, rows, published)
+        view, warnings = look(folder, stem, papers, reference_of(folder, papers))
+        print(*warnings, sep="\n", end="\n" * bool(warnings), file=sys.stderr)
+        views.append(view)
+        curves, published = {}, view.declared["rows"]
+        for name, curve in view.declared["curves"].items():
+            if charts.lines_of(curve, view.rows, published):
+                curves[f"{stem}_{name}.svg"] = curve.get("caption") or curve["title"]
+                files[folder / f"{stem}_{name}.svg"] = charts.draw(curve, view.rows, published)
         longer = tuple(f"{other}_" for other in stems if other.startswith(f"{stem}_"))
-        pictures = [path.name for path in folder.glob(f"{stem}_*.png")]
-        figures += [name for name in pictures if not name.startswith(longer)]
-        files[folder / f"{stem}.md"] = render_paper(folder.name, declared, rows, claims,
-                                                    sorted(figures), stem)
-        summary[stem] = round_numbers({"claims": claims, "rows": {
-            row: {"paper": entry.get("paper"), "where": entry.get("where", ""),
-                  "confirmed": not entry.get("unconfirmed", False), "n": len(rows[row]["values"]),
-                  **{key: rows[row][key] for key in ("mean", "sd", "stale", "values")}}
-            for row, entry in published.items()}})
-    if summary:
-        text = json.dumps(summary, sort_keys=True, indent=1, allow_nan=False)
+        pictures = [path.name for path in sorted(folder.glob(f"{stem}_*.png"))]
+        files[folder / f"{stem}.md"] = render_page(
+            view, curves, [name for name in pictures if not name.startswith(longer)])
+    if views:
+        text = json.dumps({view.stem: summary_of(view) for view in views}, sort_keys=True, indent=1,
+                          allow_nan=False)
         files[folder / "summary.json"] = text + "\n"
-    return files, summary
+    return files, views
 
 
 def render(results, papers):
     """{path: content} of every file that follows from the records in `results` and from `papers`.
 
+    README.md beside papers/ is among them where `results` is the reference and it has the marks.
     Warnings go to stderr.  Raises OSError for what cannot be read, InputError for a damaged YAML.
     """
-    files, index = {}, []
+    files, suites = {}, {}
     for folder in sorted({path.parent for path in results.glob("*/*.jsonl")}):
-        suite_files, summary = render_suite(folder, papers)
+        if folder.name == "bench":  # the benchmark's own records
+            continue
+        suite_files, views = render_suite(folder, papers)
         files.update(suite_files)
-        if is_published(folder.name):
-            table = []
-            for stem, parts in summary.items():
-                verdicts = [claim["verdict"] for claim in parts["claims"]]
-                measured = sum(row["n"] > 0 for row in parts["rows"].values())
-                table.append([f"[{stem}]({folder.name}/{stem}.md)",
-                              f"{measured} of {len(parts['rows'])}",
-                              *map(verdicts.count, ("reproduced", "contradicted", "open"))])
-            index += ["", f"## {folder.name}", ""]
-            index += make_table(["paper", "rows measured", "claims reproduced", "contradicted",
-                                 "open"], table)
-    lines = [INDEX_TITLE, "", "Made from the records by `./run_all.sh tables`; no number is typed "
-             "by hand. A suite is a scale, and `-embedded` in its name means the image sets drawn "
-             "by the code itself.", ""]
-    lines += [f"- `{scale}`: {meaning}" for scale, meaning in SCALES.items()]
-    if (results / "NOTES.md").exists():
-        lines += ["", "Remarks written by hand: [NOTES.md](NOTES.md)"]
-    files[results / "README.md"] = "\n".join(lines + (index or ["", "No runs yet."])) + "\n"
+        if views and is_published(folder.name):
+            suites[folder.name] = views
+    reference = papers.parent / "results"
+    files[results / "README.md"] = render_index(results, suites)
+    readme = papers.parent / "README.md"
+    if results.resolve() == reference.resolve() and readme.exists():
+        before, mark, rest = readme.read_text(encoding="utf-8").partition(BLOCK[0])
+        _, end, after = rest.partition(BLOCK[1])
+        if mark and end:
+            files[readme] = before + render_block(suites) + after
     return files
 
 
@@ -319,8 +588,12 @@ def write_tables(results, papers):
     for path, content in files.items():
         if not path.exists() or path.read_bytes() != content.encode():
             write_atomically(path, content.encode())
-            lines.append(f"wrote {path.relative_to(results.parent)}")
+            lines.append(f"wrote {name_of(path, results)}")
     return lines
+
+
+def name_of(path, results):
+    return path.relative_to(results.parent) if path.is_relative_to(results.parent) else path
 
 
 def check_tables(results, papers):
@@ -329,35 +602,40 @@ def check_tables(results, papers):
     extra = [path for path in sorted(results.glob("*/*")) if path not in files
              and (path.suffix in (".md", ".svg") or path.name == "summary.json")]
     for path in [*files, *extra]:
-        name = path.relative_to(results)
-        if not is_published(name.parts[0]) and len(name.parts) > 1:
+        if path.parent.parent == results and not is_published(path.parent.name):
             continue
+        name = name_of(path, results)
         if path not in files:
-            differences.append(f"{results.name}/{name}: follows from no record; delete it")
+            differences.append(f"{name}: follows from no record; delete it")
         elif not path.exists():
-            differences.append(f"{results.name}/{name}: missing")
+            differences.append(f"{name}: missing")
         elif path.read_bytes() != files[path].encode():
             there, wanted = path.read_text(errors="replace").split("\n"), files[path].split("\n")
             place = next((f"line {number}" for number, pair in enumerate(zip(there, wanted), 1)
                           if pair[0] != pair[1]), "its end")
-            differences.append(f"{results.name}/{name}: {place} does not follow from the records")
+            differences.append(f"{name}: {place} does not follow from the records")
     return differences
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m replicate.report",
-                                     description="Render results/ from its run records.")
+                                     description="Render the pages of a folder of run records.")
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     parser.add_argument("--check", action="store_true",
                         help="write nothing; exit 1 if a file does not follow from the records")
-    parser.add_argument("--results", type=Path, default=records.ROOT / "results", metavar="DIR")
+    parser.add_argument("--results", type=Path, metavar="DIR",
+                        help="default: results/, and out/ where there is one and no --check")
     options = parser.parse_args(arguments)
-    results = options.results.resolve()
-    if not results.is_dir():
-        parser.error(f"no results folder {options.results}; run something first or name one with "
+    folders, out = [options.results or records.ROOT / "results"], records.ROOT / "out"
+    if not options.results and not options.check and out.is_dir():
+        folders.append(out)
+    if not folders[0].is_dir():
+        parser.error(f"no results folder {folders[0]}; run something first or name one with "
                      "--results DIR")
+    work, lines = check_tables if options.check else write_tables, []
     try:
-        lines = (check_tables if options.check else write_tables)(results, records.ROOT / "papers")
+        for folder in folders:
+            lines += work(folder.resolve(), records.ROOT / "papers")
     except (OSError, InputError) as problem:
         parser.error(" ".join(str(problem).split()))
     print(*lines, sep="\n", end="\n" * bool(lines))

@@ -4,6 +4,7 @@ Randomness is a function, not a state: stream(seed, purpose, step) makes the gen
 purpose at one step.  So nothing random has to be saved, and a run resumed at step s ends with the
 same bytes.
 """
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -26,11 +27,11 @@ import yaml
 from torch import nn
 
 from replicate import data as image_data
-from replicate import records
+from replicate import records, terminal
 from replicate.records import InputError, matching, write_atomically
 
 CHECKPOINT_SECONDS = float(os.environ.get("REPLICATE_CHECKPOINT_SECONDS", 60))
-LOG_SECONDS, PLAN_STEPS, PLAN_IMAGES = 10, 5, 2000
+LOG_SECONDS, LIVE_SECONDS, PLAN_STEPS, PLAN_IMAGES = 10, 1, 5, 2000
 
 
 class TrainingFailed(Exception):
@@ -162,6 +163,7 @@ class Trained:
     seconds: float = 0.0
     curves: dict | None = None      # {scalar: [[step, mean since the last point], ...]}
     codes: tuple[str, ...] = ()     # hashes of all code that had a hand in it
+    name: str = ""                  # the purpose that `fit` was given
     kept: dict | None = None        # {step: state dict} of the steps that were to be kept
 
 
@@ -174,7 +176,7 @@ class Run:
 
     def __init__(self, script, config, scale, rows, device="cpu", *, suite="smoke",
                  results="results", runs="runs", data="", only=("*",), scale_rows=("*",),
-                 force=False, plan=False):
+                 force=False, plan=False, quiet=False):
         self.config, self.scale, self.seed, self.rows = config, scale, config.seed, rows
         self.paper, self.device, self.data_folder = Path(script).stem, torch.device(device), data
         self.plan, self.force, self.only, self.scale_rows = plan, force, only, scale_rows
@@ -184,13 +186,17 @@ class Run:
         self.records, warnings = records.read(self.suite / f"{self.paper}.jsonl")
         self.provenance = records.provenance(script)
         self.sha256, self.asked, self.settled, self.planned, self.differ = {}, [], set(), {}, None
+        self.quiet, self.line = quiet, terminal.Line()
+        self.costs = []  # of a plan: (rows measured together, their seconds, {training: seconds}, MB)
         self.fitting, self.stop = None, False  # the training under way; whether it has to stop
         self.left_out = {}  # {glob of rows: why}, of all seeds
         for warning in warnings:
-            self.say(f"warning: {warning}")
+            self.say(f"warning: {warning}", important=True)
 
-    def say(self, text):
-        if self.rank == 0:
+    def say(self, text, important=False):
+        """A line on the terminal; when the run is quiet, only if it is important."""
+        if self.rank == 0 and (important or not self.quiet):
+            self.line.clear()
             print(text, flush=True)
 
     # What the run works on
@@ -203,7 +209,8 @@ class Run:
             dist.barrier()  # the first rank downloads and packs, the others read
         root = image_data.data_root(self.data_folder)
         try:
-            loaded = image_data.load(name, root, self.device, size, streamed)
+            with contextlib.redirect_stdout(io.StringIO() if self.quiet else sys.stdout):
+                loaded = image_data.load(name, root, self.device, size, streamed)
         finally:  # where it cannot be had, the others find that out, too
             if self.rank == 0 and self.ranks > 1:
                 dist.barrier()
@@ -281,7 +288,7 @@ class Run:
         """Those of the rows (or globs) that are in this scale, asked for, and not yet recorded."""
         here = matching(matching(matching(self.rows, self.scale_rows), self.only), rows)
         self.asked = [row for row in here
-                      if row not in self.settled and (self.force or not self.value(row))]
+                      if row not in self.settled and (self.force or not self.recorded(row))]
         return list(self.asked)
 
     def leave_out(self, rows, reason):
@@ -293,8 +300,10 @@ class Run:
 
     def value(self, row):
         """This run's record of a row, or None; always None in a plan."""
-        if self.plan:
-            return None
+        return None if self.plan else self.recorded(row)
+
+    def recorded(self, row):
+        """The record of a row with these settings, this seed and these data, or None."""
         found = records.find(self.records, row, self.seed, self.hash, self.sha256)
         if not found and (other := records.find(self.records, row, self.seed, self.hash)):
             differ = [f"{name} {other['data'][name][:8]}, here {digest[:8]}"
@@ -302,7 +311,7 @@ class Run:
                       if other["data"].get(name, digest) != digest]
             if differ != self.differ:
                 self.say(f"{row} and perhaps others are recorded with other data "
-                         f"({', '.join(differ)}): measured anew")
+                         f"({', '.join(differ)}): measured anew", important=True)
                 self.differ = differ
         return found
 
@@ -321,8 +330,10 @@ class Run:
             factor = images / max(1, sum(map(len, splits)))
         values = measure and measure(*splits)
         own = (time.perf_counter() - start) * factor
-        self.planned[tuple(wanted)] = Trained(None, seconds=own)
-        seconds, more = own + sum(part.seconds for part in after), {}
+        trainings = {part.name: round(part.seconds, 1) for part in after if part.name}
+        seconds, more = own + sum(part.seconds for part in after), {"trainings": trainings}
+        if self.plan and wanted:
+            self.costs.append((wanted, own, trainings, peak_memory(self.device)))
         if after and after[-1].curves:
             more["history"] = after[-1].curves
         if (codes := {code for part in after for code in part.codes}) - {self.provenance["code"]}:
@@ -330,8 +341,7 @@ class Run:
         for row in wanted:
             value = values[row] if isinstance(values, dict) else values
             if self.plan:
-                self.say(f"  {row:<40} {seconds / 60:8.1f} min with its pre-training   "
-                         f"{peak_memory(self.device):6.0f} MB")
+                self.settled.add(row)
             elif value is None:
                 self.settled.add(row)
                 self.say(f"seed {self.seed}  {row}: left out, a class has too few training images")
@@ -360,7 +370,7 @@ class Run:
                              "another folder with --results DIR") from None
         if status == "ok":
             unit = "%" if metric == "accuracy" else metric
-            self.say(f"seed {self.seed}  {row:<44} {value:7.2f} {unit}")
+            self.say(f"seed {self.seed}  {row:<44} {value:7.2f} {unit}", True)
 
     def give_up(self, reason):
         """Record as failed the row whose training is under way, or all that were asked for last."""
@@ -426,7 +436,7 @@ class Run:
                 kept[step] = {name: each.clone() for name, each in model.state_dict().items()}
             now, stop = time.perf_counter(), self.stop_agreed(step, step == end)
             save = stop or step == end or now - saved > CHECKPOINT_SECONDS
-            if save or now - logged > LOG_SECONDS:
+            if save or now - logged > (LIVE_SECONDS if self.line.live else LOG_SECONDS):
                 means = {name: float(values[shown:step].mean()) for name, values in trace.items()}
                 if not math.isfinite(means["loss"]):
                     raise TrainingFailed(f"{purpose}: the loss is not finite at step {step}/"
@@ -434,10 +444,9 @@ class Run:
                                          "precision=float32")
                 texts = [f"{name} {value:.4g}" for name, value in means.items()]
                 texts[0] += f" (chance {chance:.3f})" if chance else ""
-                left = (now - start) / (step - first) * (steps - step) / 60
                 if not self.plan:
-                    self.say(f"seed {self.seed}  {purpose}  {step}/{steps}  {'  '.join(texts)}  "
-                             f"{left:.1f} min left")
+                    self.show(purpose, step, steps, "  ".join(texts), count_images(batch),
+                              (now - start) / (step - first))
                 shown, logged = step, now
             if save and self.rank == 0 and not self.plan:
                 state = {"identity": identity, "codes": sorted(codes), "step": step, "trace": trace,
@@ -457,10 +466,27 @@ class Run:
             raise Interrupted
         if self.plan:
             seconds *= steps / max(1, end - 1)
-            self.say(f"  {purpose:<40} {seconds / 60:8.1f} min: {steps} steps of "
-                     f"{seconds / steps:.3f} s")
-            self.planned[purpose] = Trained(None, steps, seconds, learning_curves(trace))
-        return Trained(model, steps, seconds, learning_curves(trace), tuple(sorted(codes)), kept)
+            self.planned[purpose] = Trained(None, steps, seconds, learning_curves(trace),
+                                            name=purpose)
+        return Trained(model, steps, seconds, learning_curves(trace), tuple(sorted(codes)), purpose,
+                       kept)
+
+    def show(self, purpose, step, steps, losses, images, step_seconds):
+        """How far a training is: rewritten in place on a terminal, else a line every ten seconds.
+
+        images: how many this rank sees in a step; step_seconds: what a step takes.
+        """
+        text = (f"seed {self.seed}  {purpose}  {step}/{steps}  {losses}  "
+                f"{images * self.ranks / step_seconds:.0f} images/s  "
+                f"{step_seconds * (steps - step) / 60:.1f} min left")
+        if self.rank > 0 or self.quiet:
+            return
+        if self.line.live and step < steps:
+            here = matching(matching(self.rows, self.scale_rows), self.only)
+            done = sum(bool(records.find(self.records, row, self.seed, self.hash)) for row in here)
+            self.line.show(f"{self.paper}  {text}  {done} of {len(here)} rows done")
+        else:
+            self.say(text)
 
     def stop_agreed(self, step, last):
         """Whether a rank was asked to stop; several ranks ask one another every ten steps."""
@@ -487,7 +513,8 @@ class Run:
                 raise  # which says nothing about the file
             reason = f"damaged ({type(error).__name__})"
         aside = path.with_name(path.name + ".damaged")
-        self.say(f"warning: checkpoint {path} is {reason}; set aside as {aside.name} and made anew")
+        self.say(f"warning: checkpoint {path} is {reason}; set aside as {aside.name} and made anew",
+                 important=True)
         try:
             if self.rank == 0:
                 path.replace(aside)
@@ -504,6 +531,13 @@ def write_checkpoint(path, state):
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror}): make room or give another "
                          "folder with --runs DIR") from None
+
+
+def count_images(batch):
+    """How many images a batch (nested tuples of tensors, images first) holds."""
+    while not torch.is_tensor(batch):
+        batch = batch[0]
+    return len(batch)
 
 
 def learning_curves(trace, points=50):

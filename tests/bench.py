@@ -174,7 +174,7 @@ def measure(script, scale, ask, overrides=(), times=1):
     """Run a script's main with Timed runs on made-up images -> exit status."""
     data.load, launch.Run = functools.partial(made_up, times), functools.partial(Timed, ask)
     with tempfile.TemporaryDirectory() as folder:  # no data are there, and none are looked for
-        arguments = ["--scale", scale, "--plan", "--data", folder]
+        arguments = ["--scale", scale, "--plan", "--force", "--data", folder]
         for override in (*SETTINGS.get(Path(script.__file__).stem, ()), *overrides):
             arguments += ["--set", override]
         try:

@@ -94,7 +94,7 @@ def records_of():
     """records_of(folder): all its records, without what may differ between two runs of the same
     thing."""
     def read(folder):
-        timed = ("seconds", "peak_memory_mb", "started", "commit", "dirty")
+        timed = ("seconds", "trainings", "peak_memory_mb", "started", "commit", "dirty")
         return [{key: value for key, value in json.loads(line).items() if key not in timed}
                 for path in sorted(Path(folder).rglob("*.jsonl"))
                 for line in path.read_text().splitlines()]

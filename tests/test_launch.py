@@ -129,9 +129,54 @@ def test_two_processes_do_not_share_a_run(tmp_path, seventh, capsys, folders):
 def test_a_plan_writes_nothing_and_prints_minutes_and_memory(tmp_path, seventh, capsys, folders, tiny):
     assert seventh.main([*tiny, "--plan", *folders]) == 0
     out = capsys.readouterr().out
-    (line,) = (line for line in out.splitlines() if line.strip().startswith("mirrored/linear"))
-    assert "min with its pre-training" in line and "MB" in line and float(line.split()[1]) >= 0
-    assert "minutes a seed" in out and [path.name for path in tmp_path.iterdir()] == ["data"]
+    first, *lines = out.splitlines()
+    assert first.startswith("mirrored: 2 rows to do, ") and first.endswith("min a seed")
+    assert [line.split()[:3] for line in lines] == [["mirrored", "1", "row"], ["random", "1", "row"]]
+    assert all(" min " in line and line.endswith(" MB") for line in lines)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert seventh.main([*tiny, "--rows", "random/*", *folders]) == 0
+    capsys.readouterr()
+    assert seventh.main([*tiny, "--plan", *folders]) == 0  # what is recorded is not timed
+    assert "mirrored: 1 row to do, 1 recorded already, " in capsys.readouterr().out
+    assert seventh.main([*tiny, "--plan", "--force", *folders]) == 0
+    assert "mirrored: 2 rows to do, " in capsys.readouterr().out
+
+
+def test_a_quiet_run_prints_results_and_errors(seventh, capsys, folders, tiny):
+    assert seventh.main([*tiny, "--quiet", *folders]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(line.startswith("seed 0  ") and line.endswith(" %") for line in lines)
+    assert seventh.main([*tiny, "--quiet", *folders, "--set", "rate=1e38"]) == 3
+    assert "the loss is not finite" in capsys.readouterr().err
+
+
+def test_progress_is_one_line_in_place_on_a_terminal_and_lines_elsewhere(
+        tmp_path, seventh, monkeypatch, capsys, folders, tiny):
+    monkeypatch.setattr(trainer, "LIVE_SECONDS", 0)
+    monkeypatch.setattr(trainer, "LOG_SECONDS", 0)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("REPLICATE_PLAIN", raising=False)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert seventh.main([*tiny, *folders]) == 0
+    plain = capsys.readouterr().out
+    assert "\r" not in plain and "mirrored  5/10  loss " in plain and "images/s" in plain
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert seventh.main([*tiny, *folders, "--force"]) == 0
+    live = [part for part in capsys.readouterr().out.split("\r") if "rows done" in part]
+    assert len(live) == 9 and "\n" not in "".join(live[:-1])
+    for words in ("mirrored  seed 0  mirrored  5/10  loss ", "(chance 0.693)", " images/s  ",
+                  " min left  ", "2 of 2 rows done"):  # which are done again
+        assert words in live[4]
+    monkeypatch.setenv("REPLICATE_PLAIN", "1")
+    assert seventh.main([*tiny, *folders, "--force"]) == 0
+    assert "\r" not in capsys.readouterr().out
+
+
+def test_a_record_says_what_each_training_took(tmp_path, seventh, folders, tiny):
+    assert seventh.main([*tiny, *folders]) == 0
+    (path,) = (tmp_path / "results").rglob("*.jsonl")
+    found = {record["row"]: record["trainings"] for record in records.read(path)[0]}
+    assert found["random/linear"] == {} and list(found["mirrored/linear"]) == ["mirrored"]
 
 
 def test_an_experiment_does_not_mix_with_the_declared_protocol(monkeypatch, seventh, folders):

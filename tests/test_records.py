@@ -77,15 +77,28 @@ def test_patterns_of_rows_are_spelt_out_in_order():
     assert list(expand(rows)) == ["b", "a/block1/linear", "a/block2/linear", "c/e", "d/e"] and expand(rows)["b"] == {}
 
 
-@pytest.mark.parametrize("test,margin", [("a > b", 0), ("a > b + 5", 5), ("a > b - 5", -5), ("a < b - 5", 5), ("a < b + 5", -5)])
-def test_claims_are_read(tmp_path, test, margin):
-    (tmp_path / "x.yaml").write_text(f'scales: {{smoke: }}\nrows: {{a: , b: }}\nclaims: {{c: {{test: "{test}", where: w, text: t}}}}')
-    claim = read_declared(tmp_path / "x.py")["claims"]["c"]
-    assert (claim["first"], claim["second"], claim["margin"]) == ("a", "b", margin) and isinstance(claim["margin"], float)
+@pytest.mark.parametrize("test,weights,margin", [
+    ("a > b", {"a": 1, "b": -1}, 0), ("a > b + 5", {"a": 1, "b": -1}, 5),
+    ("a > b - 5", {"a": 1, "b": -1}, -5), ("a < b - 5", {"a": -1, "b": 1}, 5),
+    ("a < b + 5", {"a": -1, "b": 1}, -5), ("a - b > c - d", {"a": 1, "b": -1, "c": -1, "d": 1}, 0),
+    ("a < b - c - 0.5", {"a": -1, "b": 1, "c": -1}, 0.5), ("a - b > c", {"a": 1, "b": -1, "c": -1}, 0),
+    ("a > b - c", {"a": 1, "b": -1, "c": 1}, 0), ("a - c > b - c", {"a": 1, "b": -1}, 0)])
+def test_claims_are_read(tmp_path, test, weights, margin):
+    """Weights and margin say: the weighted sum is claimed to be above the margin."""
+    (tmp_path / "x.yaml").write_text(
+        "scales: {smoke: , full: }\nrows: {a: , b: , c: , d: }\nheadline: ['{a,b}']\n"
+        f'claims: {{c: {{test: "{test}", where: ours, text: t, scales: [full]}}}}')
+    declared = read_declared(tmp_path / "x.py")
+    claim = declared["claims"]["c"]
+    assert (claim["weights"], claim["margin"]) == (weights, margin)
+    assert isinstance(claim["margin"], float) and claim["ours"] and claim["scales"] == ["full"]
+    assert declared["headline"] == ["a", "b"] and declared["figures"] == {}
 
 
 @pytest.mark.parametrize("text", [
-    'claims: {c: {test: "a >= b"}}', 'claims: {c: {test: "a > z"}}', "claims: {c: 3}", "rows: [a, b]", "rows: {a: [", "- 1", "",
+    'claims: {c: {test: "a >= b"}}', 'claims: {c: {test: "a > a", where: w, text: t}}',
+    'claims: {c: {test: "a > b + a", where: w, text: t}}', "headline: [z]", "figures: [1]",
+    'claims: {c: {test: "a > b", where: w, text: t, scales: [none]}}', 'claims: {c: {test: "a > z"}}', "claims: {c: 3}", "rows: [a, b]", "rows: {a: [", "- 1", "",
     "curves: {c: {lines: {l: [[1, z]]}}}", "curves: {c: {lines: {l: {row: z}}}}"])
 def test_what_makes_no_sense_names_the_file(tmp_path, text):
     (tmp_path / "x.yaml").write_text(("" if "rows" in text else "rows: {a: , b: }\n") * (len(text) > 4) + text)

@@ -1,0 +1,275 @@
+"""What is said on the terminal: the live line of a training, and for run_all.sh the scale that it
+takes, the sums of a plan, and the summary at the end.
+
+    python -m replicate.terminal scale PAPER ... [options]   the scale on stdout, the reason beside
+    python -m replicate.terminal end LEDGER PAPER ...        what the runs noted in LEDGER came to
+"""
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+from pathlib import Path
+
+from replicate import records, report
+from replicate.records import ROOT, InputError
+from replicate.report import show_time
+
+GROUPS = 5  # lines that a plan has for one paper, so that six papers fit on a page
+NEXT = {"smoke": "demo", "demo": "small", "small": "full"}
+DOWNLOADS = {  # megabytes of what torchvision fetches
+    "cifar10": 170, "mnist": 12, "usps": 3, "imagenette": 1560, "stl10": 2640, "svhn": 247}
+
+
+# A line in place
+class Line:
+    """A line that is written again and again in its place, where stdout is a terminal.
+
+    live: whether it is.  REPLICATE_PLAIN in the environment says no, as run_all.sh does for runs
+    side by side.
+    """
+
+    def __init__(self):
+        self.live = (sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+                     and not os.environ.get("REPLICATE_PLAIN"))
+        self.there = False
+
+    def show(self, text):
+        if self.live:
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r{text[:width]}\x1b[K", end="", flush=True)
+            self.there = True
+
+    def clear(self):
+        if self.there:
+            print("\r\x1b[K", end="", flush=True)
+            self.there = False
+
+
+# The ledger: what one run tells run_all.sh
+def note(run):
+    """Append what a run was, or is planned to be, to the file that REPLICATE_LEDGER names."""
+    path = os.environ.get("REPLICATE_LEDGER")
+    if path and run.rank == 0:
+        line = {"paper": run.paper, "scale": run.scale, "suite": str(run.suite.resolve()),
+                "rows": sum(len(rows) for rows, *_ in run.costs), "seconds": seconds_of(run.costs)}
+        records.append(Path(path), line)
+
+
+# A plan
+def seconds_of(costs):
+    """Seconds of a plan's [(rows, own seconds, {training: seconds}, MB)], each training once."""
+    trainings = {name: seconds for _, _, made, _ in costs for name, seconds in made.items()}
+    return sum(own for _, own, _, _ in costs) + sum(trainings.values())
+
+
+def plan_lines(run, recorded):
+    """A few lines on what a run would take, by the first part of its rows' names.
+
+    recorded: how many of the rows it has been asked for are done, which are not timed.
+    """
+    groups, seen = {}, set()
+    for rows, own, trainings, memory in run.costs:
+        group = groups.setdefault(rows[0].split("/")[0], [0, 0.0, 0.0])
+        group[0] += len(rows)
+        group[1] += own + sum(seconds for name, seconds in trainings.items() if name not in seen)
+        group[2] = max(group[2], memory)
+        seen |= trainings.keys()
+    ordered = sorted(groups.items(), key=lambda item: -item[1][1])
+    if len(ordered) > GROUPS:
+        rest = [each for _, each in ordered[GROUPS - 1:]]
+        name = f"{len(rest)} other groups"
+        ordered[GROUPS - 1:] = [(name, [sum(each[0] for each in rest),
+                                        sum(each[1] for each in rest),
+                                        max(each[2] for each in rest)])]
+    done = f", {recorded} recorded already" * bool(recorded)
+    rows = sum(each[0] for _, each in ordered)
+    lines = [f"{run.paper}: {report.count(rows, 'row')} to do{done}, "
+             f"{show_time(seconds_of(run.costs))} a seed"]
+    return lines + [f"  {name:<24} {report.count(number, 'row'):>8} {show_time(seconds):>10} "
+                    f"{memory:6.0f} MB" for name, (number, seconds, memory) in ordered]
+
+
+def sum_up_plan(notes, seeds):
+    seconds = sum(note["seconds"] for note in notes)
+    total = sum(note["rows"] for note in notes)
+    whole = f", {show_time(seconds * seeds)} for {seeds} seeds" if seeds > 1 else ""
+    return [f"in all: {report.count(total, 'row')}, {show_time(seconds)} a seed{whole}, one after "
+            "the other; memory is the peak so far"]
+
+
+# The scale
+def needed(papers, scale):
+    """Downloadable data sets that the papers need: by their settings, and by recorded runs."""
+    import importlib
+    from replicate import trainer
+    names = set()
+    for paper in papers:
+        declared = records.read_declared(ROOT / "papers" / f"{paper}.yaml")
+        try:
+            config, _ = trainer.read_settings(importlib.import_module(f"papers.{paper}").Config,
+                                              declared, scale)
+            names |= {value for value in vars(config).values() if isinstance(value, str)}
+        except (ImportError, AttributeError, InputError):
+            pass
+        names |= recorded_data(paper, scale) or recorded_data(paper, "small")
+    return sorted(names & DOWNLOADS.keys())
+
+
+def recorded_data(paper, scale):
+    found, _ = records.read(ROOT / "results" / scale / f"{paper}.jsonl")
+    return {name for record in found for name in record.get("data", {})}
+
+
+def choose_scale(papers, data="", device="auto", dataset=""):
+    """(scale, reason): `full` where a CUDA GPU is visible and the data are there, else `demo`."""
+    import torch
+    from replicate import data as image_data
+    if data and data != "embedded" and not Path(data).is_dir():
+        raise InputError(f"no data folder {data}: give --data DIR or --data embedded")
+    root = image_data.data_root("" if data == "embedded" else data)
+    lacking = [paper for paper in papers if "demo" not in
+               records.read_declared(ROOT / "papers" / f"{paper}.yaml")["scales"]]
+    if "embedded" in (data, dataset):
+        why = "drawn images were asked for"
+    elif device == "cpu" or not torch.cuda.is_available():
+        why = "no CUDA GPU in use"
+    else:
+        wanted = [dataset] if dataset else needed(papers, "full")
+        missing = sorted(set(wanted) - set(image_data.on_disk(root)) if not dataset else ())
+        if not missing:
+            return "full", f"a CUDA GPU is visible, and the data are there: {', '.join(wanted)}"
+        why = f"a CUDA GPU is visible, but {', '.join(missing)} not in {root}"
+    if lacking:
+        return "smoke", f"{why}, and {', '.join(lacking)} has no scale demo; its numbers mean nothing"
+    return "demo", f"{why}, so images drawn by the code: no download, minutes a paper"
+
+
+# The end
+def read_notes(path):
+    """The ledger's lines, the last one of each paper."""
+    notes = {}
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        note = json.loads(line)
+        notes[note["paper"]] = note
+    return list(notes.values())
+
+
+def row_line(view, row):
+    """A headline row: its value, the paper's, the reference's, and how the two lie."""
+    text = f"  {row:<30} {view.value(row):>18}   paper {view.published(row)}"
+    if view.reference and view.reference.rows[row]["values"]:
+        state = report.compare(view.rows[row], view.reference.rows[row])
+        state = {"inside": ", yours inside its spread", "outside": ", yours OUTSIDE its spread",
+                 "": ""}.get(state, f", not compared: {state}")
+        text += f"   reference {view.reference.value(row)}{state}"
+    return text
+
+
+def paper_lines(view):
+    """The summary of one paper."""
+    lines = [report.short_name(view)]
+    lines += [row_line(view, row) for row in view.headline]
+    words = [f"{number} {verdict}" for number, verdict in zip(view.verdicts(), report.VERDICTS)]
+    text = f"  the paper's claims: {', '.join(words)}"
+    if view.reference:
+        text += f"   (reference: {report.verdict_text(view.reference)})"
+    few = {claim["n"] for claim in view.claims}
+    return [*lines, text + "; a verdict needs 3 seeds" * bool(few and max(few) < 3),
+            f"  {name_from_here(view.folder / f'{view.stem}.md')}"]
+
+
+def name_from_here(path):
+    path, here = Path(path).resolve(), Path.cwd().resolve()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def pace(views):
+    """How long these runs took in units of the reference's time, on rows that both have; 1 if
+    unknown."""
+    ratios = []
+    for view in views:
+        if not view.reference:
+            continue
+        theirs = {(r["row"], r["seed"]): r.get("seconds") for r in view.reference.pooled}
+        ratios += [record["seconds"] / seconds for record in view.pooled
+                   if (seconds := theirs.get((record["row"], record["seed"]))) and seconds > 1
+                   and record.get("seconds")]
+    return statistics.median(ratios) if ratios else 1.0
+
+
+def next_step(scale, papers, views):
+    """The next larger scale, and what it costs here as far as the reference tells; or None."""
+    following = NEXT.get(scale)
+    while following and not all(following in view.declared["scales"] for view in views):
+        following = NEXT.get(following)
+    if not following:
+        return None
+    from replicate import data as image_data
+    root, reference = image_data.data_root(""), ROOT / "results" / following
+    there = [report.look(reference, paper, ROOT / "papers")[0] for paper in papers
+             if (reference / f"{paper}.jsonl").exists()]
+    hours = pace(views) * sum(view.hours(per_seed=True) for view in there)
+    names = set().union(*(recorded_data(view.stem, following) for view in there))
+    sizes = [DOWNLOADS[name] for name in sorted(names & DOWNLOADS.keys())
+             if name not in image_data.on_disk(root)]
+    parts = [f"about {hours:.1f} hours a seed on this machine"] if hours else []
+    parts += [f"{sum(sizes) / 1000:.1f} GB to download"] if sizes else []
+    missing = len(papers) - len(there)
+    if missing:
+        parts.append(f"{report.count(missing, 'paper')} without a reference to tell the time")
+    only = "" if len(papers) > 1 else f" {papers[0]}"
+    return f"./run_all.sh {following}{only}" + (f": {', '.join(parts)}" if parts else "")
+
+
+def summarize(notes):
+    """The lines with which run_all.sh ends."""
+    views, lines = [], []
+    for entry in notes:
+        suite = Path(entry["suite"])
+        if not (suite / f"{entry['paper']}.jsonl").exists():
+            continue
+        view, _ = report.look(suite, entry["paper"], ROOT / "papers",
+                              report.reference_of(suite, ROOT / "papers"))
+        views.append(view)
+        lines += ["", *paper_lines(view)]
+    if views:
+        index = name_from_here(views[0].folder.parent / "README.md")
+        lines += ["", f"All pages: {index}"]
+        step = next_step(notes[0]["scale"], [entry["paper"] for entry in notes], views)
+        lines += [f"Next: {step}"] if step else []
+    return lines
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m replicate.terminal", allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
+    commands = parser.add_subparsers(dest="command", required=True)
+    scale = commands.add_parser("scale")
+    scale.add_argument("papers", nargs="+")
+    scale.add_argument("--data", default="")
+    scale.add_argument("--device", default="auto")
+    scale.add_argument("--set", action="append", default=[])
+    end = commands.add_parser("end")
+    end.add_argument("ledger")
+    end.add_argument("--seeds", type=int, default=1)
+    end.add_argument("--plan", action="store_true")
+    given, _ = parser.parse_known_args(arguments)
+    try:
+        if given.command == "scale":
+            sets = [text.partition("=")[2] for text in given.set if text.startswith("dataset=")]
+            chosen, reason = choose_scale(given.papers, given.data, given.device, (sets or [""])[-1])
+            print(f"scale {chosen}: {reason}", file=sys.stderr, flush=True)
+            print(chosen)
+        else:
+            notes = read_notes(given.ledger)
+            lines = sum_up_plan(notes, given.seeds) if given.plan else summarize(notes)
+            print(*lines, sep="\n", end="\n" * bool(lines))
+    except (InputError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
