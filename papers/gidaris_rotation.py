@@ -35,6 +35,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import functional as transforms
 
+from replicate import data as image_data
 from replicate import evaluate, trainer
 from replicate.launch import launch
 from replicate.outputs import save_image
@@ -51,6 +52,8 @@ class Config:
     streamed: bool = False              # decode files on the fly, do not keep them on the device
     width: float = 1.0                  # ours: channels, as a fraction of the paper's
     batch_size: int = 128               # Sec. 3.1: images, each in all its rotations
+    head_batch_size: int = 128          # official code: heads and supervised training
+    views: int = 0                      # ours: heads learn from so many encoded once; 0: ever new
     pretext_epochs: float = 100.0       # Sec. 3.1
     pretext_rate: float = 0.1           # Sec. 3.1
     pretext_drops: tuple[float, ...] = (0.3, 0.6, 0.8)      # Sec. 3.1
@@ -74,7 +77,7 @@ class Config:
     probe_cells: int = 8                # ours: plain probes see maps of at most 8 x 8
     precision: Literal["bfloat16", "float32"] = "bfloat16"  # ours: multiplications only
     deterministic: bool = True          # ours
-    shards: int = 8                     # ours: parts of a batch with random streams of their own
+    shards: int = 1                     # ours: parts of a batch that ranks divide
 
     def __post_init__(self):
         least = min(self.image_size, self.width, self.probe_cells)
@@ -95,20 +98,30 @@ def rotate_four_ways(images):
     return turned, torch.arange(4, device=images.device).repeat_interleave(len(images))
 
 
-def rotate_eight_ways(images):
-    """(N,C,S,S) uint8 -> (images (8N,C,s,s), eighth_turns (8N,)); s = S / sqrt(2) (deviation 2).
+def blurred_centre(images):
+    """(N,C,S,S) uint8 -> (N,C,s,s), s = S / sqrt(2): what a turn by 45 degrees leaves whole, as
+    blurred as such a turn makes it (deviation 2).
 
-    A turn by 45 degrees blends neighbours with weights 1 - t and t, all t from 0 to 1, which leaves
-    (1 - t)^2 + t^2 of noise's variance, on average 2/3.  Upright copies get the t that gives 2/3.
+    The turn blends neighbours with weights 1 - t and t, all t from 0 to 1, which leaves
+    (1 - t)^2 + t^2 of noise's variance, on average 2/3.  Here one t gives 2/3.
     """
     values, t = images.float(), (1 - 3 ** -0.5) / 2
+    values = torch.lerp(values, values.roll(-1, 3), t)
+    return even_centre(torch.lerp(values, values.roll(-1, 2), t)).round().to(images.dtype)
+
+
+def even_centre(images):
+    """The central square of even side that no corner reaches when it is turned."""
+    side = int(images.shape[-1] / math.sqrt(2)) // 2 * 2
+    return transforms.center_crop(images, [side, side])
+
+
+def rotate_eight_ways(images):
+    """(N,C,S,S) uint8 -> (images (8N,C,s,s), eighth_turns (8N,)); s = S / sqrt(2)."""
     with torch.autocast(images.device.type, enabled=False):  # bfloat16 would be half a pixel off
-        slanted = transforms.rotate(values, 45, transforms.InterpolationMode.BILINEAR)
-    upright = torch.lerp(values, values.roll(-1, 3), t)
-    upright = torch.lerp(upright, upright.roll(-1, 2), t)
-    side = int(images.shape[-1] / math.sqrt(2)) // 2 * 2  # even, and no corner reaches into it
-    copies = transforms.center_crop(torch.cat([upright, slanted]), [side, side])
-    turned, _ = rotate_four_ways(copies.round().to(images.dtype))  # 0, 45, 90, 135, ... degrees
+        slanted = transforms.rotate(images.float(), 45, transforms.InterpolationMode.BILINEAR)
+    slanted = even_centre(slanted).round().to(images.dtype)
+    turned, _ = rotate_four_ways(torch.cat([blurred_centre(images), slanted]))  # 0, 45, 90, ...
     return turned, torch.arange(8, device=images.device).repeat_interleave(len(images))
 
 
@@ -259,7 +272,8 @@ def pretext_loss(scores, labels):
 def make_optimizer(config, model):
     """SGD with Nesterov momentum; run.fit sets the learning rate at every step."""
     return torch.optim.SGD(model.parameters(), momentum=config.momentum,
-                           weight_decay=config.weight_decay, nesterov=config.momentum > 0)
+                           weight_decay=config.weight_decay, nesterov=config.momentum > 0,
+                           fused=True)
 
 
 # ---- Pre-training ----
@@ -268,7 +282,9 @@ QUARTER_TURNS = (0, 90, 180, 270)
 TRUNKS = {  # name -> (its blocks, the degrees that it tells apart)
     "rotnet4": (4, QUARTER_TURNS), "rotnet3": (3, QUARTER_TURNS), "rotnet5": (5, QUARTER_TURNS),
     "rotations0-180": (4, (0, 180)), "rotations90-270": (4, (90, 270)),
-    "rotations8": (4, tuple(range(0, 360, 45))), "alexnet": (5, QUARTER_TURNS)}
+    "rotations8": (4, tuple(range(0, 360, 45))), "rotations4-centre": (4, QUARTER_TURNS),
+    "alexnet": (5, QUARTER_TURNS)}
+CURVE = (5, 20, 50)  # percent of RotNet's training after which it is measured too (Fig. 5a)
 
 
 def pretrain(run, data, config, name):
@@ -284,13 +300,16 @@ def pretrain(run, data, config, name):
     def loss(batch, step):
         images, _ = batch  # the class labels stay unused
         images = run.augment(crop, images, f"{name}/augment", step)
+        if name == "rotations4-centre":  # sees as much of an image as rotations8 does
+            images = blurred_centre(images)
         rotated, labels = rotate(images, degrees)  # last: mirrored, 90 degrees would look like 270
         return pretext_loss(model(normalize(rotated, config)), labels)
 
+    steps = trainer.steps_in(config, config.pretext_epochs, data.unlabeled)
     return run.fit(
-        name, model, loss, run.shuffled(data.unlabeled, config.batch_size, name),
-        steps=trainer.steps_in(config, config.pretext_epochs, data.unlabeled),
+        name, model, loss, run.shuffled(data.unlabeled, config.batch_size, name), steps=steps,
         optimizer=make_optimizer(config, model), chance=math.log(len(degrees)),
+        keep=[steps * percent // 100 for percent in CURVE] if name == "rotnet4" else [],
         rate=trainer.stepped(config.pretext_rate, config.pretext_drops, config.pretext_factor))
 
 
@@ -347,8 +366,28 @@ def alexnet_nonlinear_head(shape, classes, width=1.0, block=5):
 
 
 def head_scores(heads, rows, maps):
-    """[feature map of block 1, ...] -> {row: scores (N,classes)}; rows: {row: block}."""
-    return {row: heads[row](maps[block - 1]).float() for row, block in rows.items()}
+    """{block: feature map} -> {row: scores (N,classes)}; rows: {row: block}."""
+    return {row: heads[row](maps[block]).float() for row, block in rows.items()}
+
+
+def numbered(maps):
+    """[feature map of block 1, ...] -> {1: feature map, ...}"""
+    return dict(enumerate(maps, 1))
+
+
+def encode_views(run, train, count, see, name):
+    """-> a split of `count` augmented images of train: see(images (N,C,S,S)) -> {block: map}, side
+    by side as (count,D), and labels.  Drawn once, whatever the number of ranks."""
+    passes = [torch.randperm(len(train), generator=run.stream(f"{name}/order", number))
+              for number in range(-(-count // len(train)))]
+    features, labels = [], []
+    for number, chosen in enumerate(torch.cat(passes)[:count].split(500)):
+        images, targets = next(train.batches([chosen]))
+        with torch.no_grad(), run.autocast():
+            maps = see(images, run.stream(f"{name}/views", number, run.device))
+        features.append(torch.cat([each.flatten(1) for each in maps.values()], 1))
+        labels.append(targets)
+    return image_data.Resident(torch.cat(features), torch.cat(labels))
 
 
 def fit_heads(run, data, name, trunk, make_head, schedule, rows=None, finetune=False):
@@ -369,25 +408,42 @@ def fit_heads(run, data, name, trunk, make_head, schedule, rows=None, finetune=F
     start = network(run, data, trunk)
     encoder, side = start.model.eval(), config.crop_size
     encoder.blocks = encoder.blocks[:max(rows.values())]  # no head sees the others
-    maps = encoder.maps(torch.zeros(2, 3, side, side, device=run.device))  # tells their shapes
+    crop = partial(pad_crop_and_flip, size=side, pad=config.crop_padding)
+    maps = numbered(encoder.maps(torch.zeros(2, 3, side, side, device=run.device)))
+    shapes = {block: maps[block].shape[1:] for block in sorted(set(rows.values()))}
     run.seed_global(f"{name}/init")
-    heads = nn.ModuleDict({row: make_head(maps[block - 1].shape, data.classes, config.width, block)
+    heads = nn.ModuleDict({row: make_head(maps[block].shape, data.classes, config.width, block)
                            for row, block in rows.items()})
     heads = heads.to(run.device, memory_format=torch.channels_last)
-    parts = {"heads": heads, "blocks": encoder.blocks} if finetune else {"heads": heads}
-    trained = nn.ModuleDict(parts)
+    trained = nn.ModuleDict({"heads": heads, "blocks": encoder.blocks} if finetune else
+                            {"heads": heads})
+
+    def see(images, generator):
+        maps = numbered(encoder.maps(normalize(crop(images, generator), config)))
+        return {block: maps[block] for block in shapes}
+
+    def cached_batches(first_step):  # nothing is encoded when there is nothing left to train
+        count = config.views * (len(train) if run.plan else len(data.train))
+        split = encode_views(run, train, count, see, name)
+        return run.shuffled(split, config.head_batch_size, name)(first_step)
 
     def loss(batch, step):
-        images, labels = batch
-        images = run.augment(pad_crop_and_flip, images, f"{name}/augment", step,
-                             size=config.crop_size, pad=config.crop_padding)
-        scores = head_scores(heads, rows, encoder.maps(normalize(images, config)))
+        inputs, labels = batch
+        if inputs.dim() == 2:
+            parts = inputs.split([shape.numel() for shape in shapes.values()], 1)
+            maps = {b: part.view(-1, *shapes[b]) for b, part in zip(shapes, parts)}
+        else:
+            images = run.augment(crop, inputs, f"{name}/augment", step)
+            maps = numbered(encoder.maps(normalize(images, config)))
+        scores = head_scores(heads, rows, maps)
         return {"loss": sum(F.cross_entropy(each, labels) for each in scores.values())}
 
     encoder.train(finetune)
+    cached = config.views and not finetune
     with contextlib.nullcontext() if finetune else evaluate.frozen(encoder):
-        fitted = run.fit(name, trained, loss, run.shuffled(train, config.batch_size, name),
-                         steps=trainer.steps_in(config, epochs, data.train),
+        fitted = run.fit(name, trained, loss, cached_batches if cached else
+                         run.shuffled(train, config.head_batch_size, name),
+                         steps=trainer.steps_in(config, epochs, data.train, config.head_batch_size),
                          optimizer=make_optimizer(config, trained),
                          rate=trainer.stepped(rate, drops, config.head_factor),
                          chance=len(rows) * math.log(data.classes))  # the losses are added
@@ -406,16 +462,19 @@ def head_accuracies(run, encoder, heads, rows, test):
     """{row: percent of the test images that its head classifies correctly}"""
     with run.autocast():
         return evaluate.accuracies(
-            lambda images: head_scores(heads, rows, central_maps(run, encoder, images)), test)
+            lambda images: head_scores(heads, rows, numbered(central_maps(run, encoder, images))),
+            test)
 
 
 @torch.no_grad()
-def rotation_accuracy(run, model, degrees, test):
+def rotation_accuracy(run, model, name, test):
     """Percent of all rotated copies of the test images whose rotation is predicted correctly."""
-    model, side = model.eval(), run.config.crop_size
+    model, side, (_, degrees) = model.eval(), run.config.crop_size, TRUNKS[name]
     correct = 0
     for images, _ in evaluate.in_order(test, 250):
-        rotated, labels = rotate(transforms.center_crop(images, [side, side]), degrees)
+        images = transforms.center_crop(images, [side, side])
+        images = blurred_centre(images) if name == "rotations4-centre" else images
+        rotated, labels = rotate(images, degrees)
         with run.autocast():
             correct += int((model(normalize(rotated, run.config)).argmax(1) == labels).sum())
     return 100.0 * correct / (len(degrees) * len(test))
@@ -426,6 +485,13 @@ def block_probes(run, model, rows, train, test):
     with evaluate.frozen(model):
         return evaluate.probe(partial(central_maps, run, model), rows, train, test,
                               run.config.probe_cells, run.seed)
+
+
+def curve_point(run, model, rows, train, test):
+    """{row: accuracy} of RotNet at a step on its way: block 2's linear probe, its own task."""
+    linear, pretext = rows
+    return {**block_probes(run, model, {linear: (2, "linear")}, train, test),
+            pretext: rotation_accuracy(run, model, "rotnet4", test)}
 
 
 def reproduce(run):
@@ -450,7 +516,8 @@ def reproduce(run):
         fit_heads(run, data, f"supervised{labels}", "scratch", conv_head, supervised, finetune=True)
     for trunk, first, last in (("rotnet4", 1, 4), ("random", 1, 4), ("rotnet3", 1, 3),
                                ("rotnet5", 1, 5), ("rotations0-180", 2, 2),
-                               ("rotations90-270", 2, 2), ("rotations8", 2, 2)):  # Tables 1 and 2
+                               ("rotations90-270", 2, 2), ("rotations8", 2, 2),
+                               ("rotations4-centre", 2, 2)):  # Tables 1 and 2
         rows = {f"{trunk}/block{block}/nonlinear": block for block in range(first, last + 1)}
         fit_heads(run, data, f"{trunk}/nonlinear", trunk, nonlinear_head, nonlinear, rows)
     for trunk in ("alexnet", "alexnet-random"):  # Tables 5 and 4
@@ -460,16 +527,25 @@ def reproduce(run):
         fit_heads(run, data, f"{trunk}/nonlinear", trunk, alexnet_nonlinear_head, nonlinear, rows)
     for name in (*TRUNKS, "random"):  # the pretext task itself, and plain probes
         if run.wants(row := f"{name}/rotation-accuracy"):
-            trained, (_, degrees) = network(run, data, name), TRUNKS[name]
+            trained = network(run, data, name)
             if name == "rotnet4" and run.seed == run.rank == 0 and not run.plan:
                 figures(run, trained.model, data.test)
-            run.record(row, partial(rotation_accuracy, run, trained.model, degrees), data.test,
+            run.record(row, partial(rotation_accuracy, run, trained.model, name), data.test,
                        after=[trained])
         rows = {f"{name}/block{block}/{kind}": (block, kind)
                 for block in (1, 2, 3, 4) for kind in ("linear", "knn")}
         if rows := {row: rows[row] for row in run.wants(*rows)}:
             trained = network(run, data, name)
             run.record(rows, partial(block_probes, run, trained.model, rows), data.train, data.test,
+                       after=[trained])
+    for percent in CURVE:  # Fig. 5a
+        rows = f"rotnet4/after{percent}/block2/linear", f"rotnet4/after{percent}/rotation-accuracy"
+        if run.wants(*rows):
+            trained = network(run, data, "rotnet4")
+            for step, state in (trained.kept or {}).items():
+                if step == trained.steps * percent // 100:
+                    trained.model.load_state_dict(state)
+            run.record(rows, partial(curve_point, run, trained.model, rows), data.train, data.test,
                        after=[trained])
 
 
