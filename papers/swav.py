@@ -36,7 +36,7 @@ import hashlib
 import itertools
 import math
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -77,6 +77,7 @@ class Config:
     queue_start: float = 1.0            # ours: epochs; official code 15 of 200
     batch_size: int = 256               # ours: paper 4096
     pretext_epochs: float = 50.0        # ours: paper 800
+    audit_epochs: float = 20.0          # ours: of the ablations; paper 400
     optimizer: Literal["sgd", "lars"] = "lars"  # official code
     pretext_rate: float = 0.6           # official code for batches of 256; paper 4.8
     warmup: float = 0.05                # ours: share of the steps; paper 10 of 800 epochs
@@ -94,7 +95,7 @@ class Config:
     checkpoint_sha256: str = ""         # --evaluate
     precision: Literal["bfloat16", "float32"] = "bfloat16"      # ours
     deterministic: bool = True          # ours
-    shards: int = 8                     # ours: ranks must divide it
+    shards: int = 1                     # ours: parts of a batch, which ranks divide
 
     def __post_init__(self):
         sizes, counts, scales = map(list, (self.crop_sizes, self.crop_counts, self.crop_scales))
@@ -123,10 +124,14 @@ def multi_crop(images, sizes, counts, scales, generator):
 
     A crop shows a random box, another of each image: `scales` holds the least and largest share of
     the image's area for each size, its width is 3/4 to 4/3 of its height; half are mirrored.
+    A size that shrinks a usual box to half or less is cut from an image of means.
     """
     crops, device = [], images.device
     for size, count, (low, high) in zip(sizes, counts, scales):
         pixels = (torch.arange(size, device=device) + 0.5) / size - 0.5  # from the box's centre
+        shrunk = max(1, int(images.shape[-1] * ((low + high) / 2) ** 0.5 / size))
+        small = [side // shrunk for side in images.shape[-2:]]
+        source = F.adaptive_avg_pool2d(images, small) if shrunk > 1 else images
         for _ in range(count):
             area, aspect, x, y = torch.rand(4, len(images), generator=generator, device=device)
             mirror = torch.rand(len(images), generator=generator, device=device) < 0.5
@@ -138,7 +143,7 @@ def multi_crop(images, sizes, counts, scales, generator):
             rows = 2 * (y[:, None] + height[:, None] * pixels) - 1
             grid = torch.stack([columns[:, None, :].expand(-1, size, -1),
                                 rows[:, :, None].expand(-1, -1, size)], 3)  # (N, size, size, 2)
-            crops.append(F.grid_sample(images, grid, padding_mode="border", align_corners=False))
+            crops.append(F.grid_sample(source, grid, padding_mode="border", align_corners=False))
     return crops
 
 
@@ -146,7 +151,7 @@ def make_views(images, generator, config):
     """(N,3,H,W) uint8 -> list of sum(crop_counts) crops, augmented, the large ones first."""
     sizes, counts, views = config.crop_sizes, config.crop_counts, []
     scales = zip(config.crop_scales[::2], config.crop_scales[1::2])
-    crops = multi_crop(images.float() / 255, sizes, counts, scales, generator)
+    crops = multi_crop(images.float().div_(255), sizes, counts, scales, generator)
     for count in counts:  # crops of one size are augmented together
         batch, crops = torch.cat(crops[:count]), crops[count:]
         batch = distort_colors(batch, config.jitter, config.grey, generator)
@@ -308,17 +313,21 @@ def variants(config):
     pixels = sum(count * size ** 2 for size, count in zip(config.crop_sizes, config.crop_counts))
     batch = max(config.shards, config.batch_size // 4, 2)
     small = {"batch_size": batch, "pretext_rate": config.pretext_rate * batch / config.batch_size}
+    ablations = {
+        "as-is": {},
+        "prototypes-tenth": {"prototypes": max(2, config.prototypes // 10)},
+        "prototypes-tenfold": {"prototypes": 10 * config.prototypes},
+        "epsilon0.03": {"epsilon": 0.03},
+        "epsilon0.5": {"epsilon": 0.5, "patience": 0.0},
+        "no-equipartition": {"iterations": 0, "patience": 0.0},
+        "small-batch": {**small, "queue": 0},
+        "small-batch-queue": {**small, "queue": 15 * batch}}
+    short = {"pretext_epochs": config.audit_epochs}
     changes = {
         "swav": {}, "deepcluster": {"method": "deepcluster"}, "simclr": {"method": "simclr"},
         "two-crops": {"crop_sizes": (large,), "crop_counts": (2,), "crop_scales": (0.08, 1.0),
                       "pretext_epochs": config.pretext_epochs * pixels / (2 * large ** 2)},
-        "ablation/prototypes-tenth": {"prototypes": max(2, config.prototypes // 10)},
-        "ablation/prototypes-tenfold": {"prototypes": 10 * config.prototypes},
-        "ablation/epsilon0.03": {"epsilon": 0.03},
-        "ablation/epsilon0.5": {"epsilon": 0.5, "patience": 0.0},
-        "ablation/no-equipartition": {"iterations": 0, "patience": 0.0},
-        "ablation/small-batch": {**small, "queue": 0},
-        "ablation/small-batch-queue": {**small, "queue": 15 * batch}}
+        **{f"ablation/{name}": {**short, **change} for name, change in ablations.items()}}
     return {name: replace(config, **{"method": "swav", **change})
             for name, change in changes.items()}
 
@@ -337,7 +346,7 @@ def network(run, data, name):
 
 def whole_images(images, config):
     """(N,3,S,S) uint8 -> what networks see at test: no crops, test_size pixels a side."""
-    images, size = images.float() / 255, (config.test_size, config.test_size)
+    images, size = images.float().div_(255), (config.test_size, config.test_size)
     if images.shape[-2:] != size:
         images = F.interpolate(images, size, mode="bilinear", antialias=True)
     return normalize(images).contiguous(memory_format=torch.channels_last)
@@ -394,7 +403,8 @@ def share_of_labels(labels, share, seed):
 
 
 def labelled_crop(images, generator, size):  # a box of 8 % of the area or more, of each image
-    return normalize(multi_crop(images.float() / 255, (size,), (1,), [(0.08, 1.0)], generator)[0])
+    images = images.float().div_(255)
+    return normalize(multi_crop(images, (size,), (1,), [(0.08, 1.0)], generator)[0])
 
 
 def classify(run, data, row, encoder):
@@ -516,28 +526,21 @@ def stop_at_collapse(model, config, name, scalars, steps, window):
 
 @torch.no_grad()
 def figures(run, model, test):
-    """The eight test images nearest to each of 16 prototypes; bars that show how often each
-    prototype is the nearest (red: if all were alike)."""
+    """The eight test images nearest to each of 16 prototypes, from the most used to the least."""
     model, see = model.eval(), partial(whole_images, config=run.config)
     with run.autocast():
         z = [model.embed(see(images)) for images, _ in evaluate.in_order(test)]
     scores = model.score(torch.cat(z))
-    counts = scores.argmax(1).bincount(minlength=scores.shape[1]).cpu()
-    ranking = counts.argsort(descending=True, stable=True)
-    chosen = ranking[torch.linspace(0, len(counts) - 1, 16).long()].to(scores.device)
+    used = scores.argmax(1).bincount(minlength=scores.shape[1])
+    ranking = used.argsort(descending=True, stable=True)
+    chosen = ranking[torch.linspace(0, len(used) - 1, 16).long().to(scores.device)]
     nearest = scores[:, chosen].topk(min(8, len(scores)), 0).indices.T  # (16, 8)
     images, _ = next(test.batches([nearest.flatten().cpu()]))
     save_image(images.float() / 255, run.suite / f"{run.paper}_nearest.png", nrow=nearest.shape[1])
-    bars = counts[ranking].float().repeat_interleave(max(1, 600 // len(counts)))
-    inside = torch.arange(200, 0, -1)[:, None] / 200 * float(bars.max()) <= bars  # (200, width)
-    picture = torch.where(inside, 0.4, 1.0).expand(3, -1, -1).clone()
-    picture[1:, round(199 * (1 - float(counts.float().mean()) / float(bars.max())))] = 0  # red
-    save_image(picture, run.suite / f"{run.paper}_use_of_prototypes.png")
 
 
 # ---- Parts that the method calls ----
 
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of each channel
 LUMA = (0.299, 0.587, 0.114)  # shares of red, green and blue in a grey
 RESNETS = {"resnet10": (BasicBlock, [1, 1, 1, 1]), "resnet18": (BasicBlock, [2, 2, 2, 2]),
            "resnet50": (Bottleneck, [3, 4, 6, 3])}
@@ -596,8 +599,9 @@ def distort_colors(images, strength, grey, generator):
     matrix = (brightness * contrast)[:, None, None] * (saturation[:, None, None] * turn + to_grey)
     # Contrast pulls towards the image's mean grey.
     mean = sum(share * channel for share, channel in zip(LUMA, images.mean((2, 3)).unbind(1)))
-    offset = ((1 - contrast) * brightness * mean)[:, None, None, None]
-    return torch.einsum("nij,njhw->nihw", matrix, images).add_(offset).clamp_(0, 1)
+    offset = ((1 - contrast) * brightness * mean)[:, None, None]
+    made = torch.baddbmm(offset, matrix, images.flatten(2))  # (N, 3, H * W)
+    return made.clamp_(0, 1).view_as(images)
 
 
 def blur(images, share, generator):
@@ -614,10 +618,17 @@ def blur(images, share, generator):
     return F.conv2d(planes, weights[:, None, None], groups=3 * count)[0].unflatten(0, (count, 3))
 
 
+@lru_cache(maxsize=4)
+def channel_statistics(device):
+    """-> mean (3,1,1) and standard deviation (3,1,1) of ImageNet's channels."""
+    return torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]],
+                        device=device).view(2, 3, 1, 1).unbind()
+
+
 def normalize(images):
     """(N,3,H,W) in 0..1 -> each channel minus its mean and over its standard deviation."""
-    channels = zip(images.unbind(1), MEAN, DEVIATION)
-    return torch.stack([(channel - mean) / deviation for channel, mean, deviation in channels], 1)
+    mean, deviation = channel_statistics(images.device)
+    return (images - mean).div_(deviation)
 
 
 class FeatureQueue(nn.Module):
@@ -655,15 +666,21 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                weight_norm, gradient_norm = p.norm(), p.grad.norm()
-                ratio = self.trust * weight_norm / (gradient_norm + self.decay * weight_norm + 1e-8)
-                scaled = (p.grad + self.decay * p) * ratio
-                scaled = torch.where((weight_norm > 0) & (gradient_norm > 0), scaled, p.grad)
+            weights = [p for p in group["params"] if p.grad is not None]
+            gradients, momenta = [p.grad for p in weights], []
+            for p in weights:
                 if not self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"].mul_(self.momentum).add_(scaled)
-                p.sub_(group["lr"] * momentum)
+                momenta.append(self.state[p]["momentum"])
+            weight_norm = torch.stack(torch._foreach_norm(weights))  # (tensors,)
+            gradient_norm = torch.stack(torch._foreach_norm(gradients))
+            ratio = self.trust * weight_norm / (gradient_norm + self.decay * weight_norm + 1e-8)
+            ratio = torch.where(weight_norm > 0, ratio, 1) * (gradient_norm > 0)
+            scaled = torch._foreach_add(gradients, weights, alpha=self.decay)
+            torch._foreach_mul_(scaled, ratio.unbind())
+            torch._foreach_mul_(momenta, self.momentum)
+            torch._foreach_add_(momenta, scaled)
+            torch._foreach_add_(weights, momenta, alpha=-group["lr"])
 
 
 def warmed_cosine(rate, warmup, first=1 / 16, last=1 / 1000):

@@ -338,6 +338,16 @@ def test_a_crop_is_what_slicing_and_resizing_give(monkeypatch):
         torch.testing.assert_close(each[..., inner, inner], window[..., inner, inner], rtol=0, atol=1e-5)
 
 
+def test_a_size_that_shrinks_its_boxes_is_cut_from_an_image_of_means():
+    stripes = (torch.arange(32) % 2).float().expand(20, 3, 32, 32)
+    for size, (least, most) in ((12, (0.49, 0.51)), (16, (0.49, 0.51)), (24, (0, 1))):
+        (crop,) = swav.multi_crop(stripes, (size,), (1,), [(1, 1)], generator())
+        assert (float(crop.min()) >= least) and (float(crop.max()) <= most)
+        assert size < 24 or float(crop.std()) > 0.2  # hardly shrunk: the stripes are there
+    places = swav.multi_crop(coordinates(200, 32), (8,), (1,), [(0.3, 1.0)], generator())[0][:, :2]
+    assert 0 < float(places.min()) < 0.07 and 0.93 < float(places.max()) < 1  # of the whole image
+
+
 def test_colours():
     images = torch.rand(400, 3, 6, 6, generator=generator())
     torch.testing.assert_close(swav.distort_colors(images, 0.0, 0.0, generator()), images, rtol=1e-5, atol=1e-6)
@@ -390,25 +400,28 @@ def test_rates_of_the_released_recipe():
 
 
 def test_lars_is_the_slow_reference():
-    weights = [torch.randn(4, 3, generator=generator()), torch.randn(3, generator=generator(1)), torch.zeros(2), torch.ones(2)]
+    """One tensor after the other, among them one of zeros, one without a gradient and one whose gradient is zero."""
+    weights = [torch.randn(4, 3, generator=generator()), torch.randn(3, generator=generator(1)), torch.zeros(2), torch.ones(2),
+               torch.ones(2, 2)]
     parameters = [weight.clone().requires_grad_() for weight in weights]
     optimizer = swav.LARS(parameters, lr=0.5, momentum=0.9, weight_decay=0.1, trust=0.01)
     buffers = [torch.zeros_like(weight) for weight in weights]
     for step in range(3):
         for number, p in enumerate(parameters):
             p.grad = None if number == 3 else torch.randn(p.shape, generator=generator(10 * step + number))
+            p.grad = torch.zeros_like(p) if number == 4 else p.grad
         gradients = [p.grad for p in parameters]
         optimizer.step()
         for number, (weight, gradient, buffer) in enumerate(zip(weights, gradients, buffers)):
             if gradient is None:
                 continue
-            if weight.norm() > 0:
+            if weight.norm() > 0 and gradient.norm() > 0:
                 gradient = (gradient + 0.1 * weight) * 0.01 * weight.norm() / (gradient.norm() + 0.1 * weight.norm())
             buffers[number] = 0.9 * buffer + gradient
             weights[number] = weight - 0.5 * buffers[number]
     for p, weight in zip(parameters, weights):
         torch.testing.assert_close(p.detach(), weight, rtol=1e-5, atol=1e-7)
-    assert torch.equal(parameters[3], torch.ones(2))
+    assert torch.equal(parameters[3], torch.ones(2)) and torch.equal(parameters[4], torch.ones(2, 2))
 
 
 # Networks and files
@@ -582,7 +595,7 @@ def test_images_without_colours_get_one_line(tmp_path, capsys, folders, write_pa
     assert "'mnist' has 1 colour channel" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("scale", ["smoke", "small", "full", "paper"])
+@pytest.mark.parametrize("scale", ["smoke", "demo", "small", "full", "paper"])
 def test_variants_fit_every_scale_and_two_crops_see_as_many_pixels(scale):
     config = some_config(scale)
     variants = swav.variants(config)
@@ -590,13 +603,16 @@ def test_variants_fit_every_scale_and_two_crops_see_as_many_pixels(scale):
     seen = [each.pretext_epochs * sum(view[0, 0].numel() for view in swav.make_views(some_images(2, 96), generator(), each))
             for each in (config, variants["two-crops"])]
     assert seen[0] == pytest.approx(seen[1]) and sum(variants["two-crops"].crop_counts) == 2
+    epochs = {name: each.pretext_epochs for name, each in variants.items()}
+    assert {epochs[name] for name in epochs if name.startswith("ablation/")} == {config.audit_epochs}
+    assert {epochs[name] for name in ("swav", "simclr", "deepcluster")} == {config.pretext_epochs}
 
 
 # Collapse
 def test_a_collapse_ends_the_run_with_one_line_and_is_recorded_where_it_is_meant(tmp_path, capsys, folders, write_packed):
     write_packed(tmp_path, train=64, test=20)
     options = ["--scale", "smoke", "--data", str(tmp_path), *folders, *settings(
-        dataset="cifar10", pretext_epochs=100, batch_size=16, patience=3, freeze=1, pretext_rate=1, shards=2)]
+        dataset="cifar10", pretext_epochs=100, audit_epochs=100, batch_size=16, patience=3, freeze=1, pretext_rate=1, shards=2)]
     assert swav.main([*options, "--rows", "swav/knn20", *settings(epsilon=1)]) == 3
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1 and "swav collapsed: over 200 steps" in error and "chance 3.401" in error
@@ -815,7 +831,7 @@ def test_every_kind_of_row_runs_and_keeps_to_deterministic_operations(tmp_path, 
     """The graph of every training step is walked."""
     write_packed(tmp_path, train=160, test=40)
     options = ["--scale", "smoke", "--data", str(tmp_path), *folders, *settings(
-        dataset="cifar10", pretext_epochs=0.4, supervised_epochs=0.4, label_passes=[40, 4], blur=0.5,
+        dataset="cifar10", pretext_epochs=0.4, audit_epochs=0.4, supervised_epochs=0.4, label_passes=[40, 4], blur=0.5,
         queue=64, shards=2)]
     assert swav.main(options) == 0
     assert len(graphs) > 20 and not graphs.offenders()
@@ -825,7 +841,7 @@ def test_every_kind_of_row_runs_and_keeps_to_deterministic_operations(tmp_path, 
     assert [record["status"] for record in found] == ["ok"] * len(rows) and {record["row"] for record in found} == set(rows)
     assert all(0 <= record["value"] <= 100 for record in found if record["metric"] == "accuracy")
     names = {file.name for file in path.parent.iterdir()}
-    assert {"swav_nearest.png", "swav_use_of_prototypes.png", "swav_pretext.svg", "swav_use.svg"} <= names
+    assert {"swav_nearest.png", "swav_pretext.svg", "swav_use.svg"} <= names
 
 
 def test_probes_leave_the_network_as_it_is(tmp_path):
