@@ -7,26 +7,28 @@ one with another, and many small views teach more than two large ones.
 
 Method: random crops of an image, two large ones and several small ones, are its views.  The network
 maps each to a unit vector z and scores it by its cosines with K learnt unit vectors, the prototypes
-of K clusters.  The Sinkhorn algorithm turns the scores of a batch of large crops into codes that
-use all prototypes equally, so that not all images end in one cluster.  Every other view of an image
-has to predict its code by softmax(scores / tau); at chance the loss is ln K.  A queue of past z
-makes up for a small batch.
+of K clusters.  The Sinkhorn algorithm turns a batch's scores (and those of a queue of past z, where
+the batch is small) into codes that use all prototypes equally, so that not all images end in one
+cluster.  Every other view of an image has to predict its code by softmax(scores / tau).
 
 Deviations from the paper
- 1. Bilinear crops without a filter, of squares decoded once (scale paper: the middle 256 pixels);
-    boxes longer than the image are cut off (torchvision: drawn again).  Colours change in one order
-    and are clipped once, hue about the grey axis; scales small and full: half as much, no blur.
+ 1. Bilinear crops of squares decoded once (scale paper: the middle 256 pixels), from means of 2 x 2
+    pixels or more if half as large as their boxes; boxes longer than the image are cut off.
+    Colours change in one order and are clipped once, hue about the grey axis; but for scale paper
+    half as much, and without blur.
  2. Batch-norm, Sinkhorn and queue span all ranks (official code: 8 GPUs, all, one).
  3. DeepCluster-v2's memory of z starts from whole images; clusters are looked up image by image.
  4. SimCLR, a control of ours, compares every crop with the large crops of all images.
- 5. Two crops train until they have seen as many pixels (paper: equal epochs).
+ 5. Two crops train until they have seen as many pixels (paper: equal epochs); ablations train for
+    audit_epochs and are compared with ablation/as-is, which does so, too.
  6. Probes: whole images (paper: a central crop), batch-norm statistics of 500 images of train,
     logistic regression without augmentation.  Always the last iterate (official code: best epoch).
  7. Labels drawn by the seed (paper: fixed lists); cosine schedule, a head that starts at zero.
  8. bfloat16 multiplications; norms, scores, codes and losses in float32.
  9. Left out: transfer to other data sets, SeLa-v2, uncurated images.
-10. Scale small: little training of a narrow network; rates and epsilon chosen for SwAV on a slice
-    of train, the other arms take them over.  Claims are comparable, values are not.
+10. Scale small: images of 64 pixels, a narrow ResNet-10, 60 epochs in batches of 256 (paper: 800
+    of ImageNet); rate and epsilon chosen for SwAV on a slice of train, the other arms take them
+    over.  Claims are comparable, values are not.
 
 Run:  python -m papers.swav --scale small        (Imagenette, two CPU cores: 15 minutes a seed)
 Result, small: swav/knn20 41.9 +- 1.3 against random/knn20 29.2 (n = 3); paper, full training: 65.7
@@ -106,8 +108,8 @@ class Config:
         assert counts[0] == 2 and min(counts) > 0, f"crop_counts {counts}: two of the first size"
         assert all(0 < low <= high <= 1 for low, high in zip(scales[::2], scales[1::2])), (
             f"crop_scales {scales}: least and largest share of the area, for each size")
-        least = min(self.prototypes, self.batch_size, self.label_batch)
-        assert least >= 2, "prototypes, batch_size, label_batch: at least 2"
+        assert min(self.prototypes, self.batch_size, self.label_batch) >= 2, (
+            "prototypes, batch_size, label_batch: at least 2")
         assert not 0 < self.queue < self.batch_size, "queue: 0, or at least the batch size"
         for name in "image_size width test_size hidden temperature epsilon".split():
             assert getattr(self, name) > 0, f"{name} must be above 0"
@@ -130,8 +132,8 @@ def multi_crop(images, sizes, counts, scales, generator):
     for size, count, (low, high) in zip(sizes, counts, scales):
         pixels = (torch.arange(size, device=device) + 0.5) / size - 0.5  # from the box's centre
         shrunk = max(1, int(images.shape[-1] * ((low + high) / 2) ** 0.5 / size))
-        small = [side // shrunk for side in images.shape[-2:]]
-        source = F.adaptive_avg_pool2d(images, small) if shrunk > 1 else images
+        source = images if shrunk == 1 else F.adaptive_avg_pool2d(
+            images, [side // shrunk for side in images.shape[-2:]])
         for _ in range(count):
             area, aspect, x, y = torch.rand(4, len(images), generator=generator, device=device)
             mirror = torch.rand(len(images), generator=generator, device=device) < 0.5
@@ -262,7 +264,7 @@ def swav_loss(model, embeddings, config, train_prototypes=True, fill_queue=True)
 
 def make_optimizer(config, model):
     """LARS or SGD; run.fit sets the learning rate at every step."""
-    optimizer = LARS if config.optimizer == "lars" else torch.optim.SGD
+    optimizer = LARS if config.optimizer == "lars" else partial(torch.optim.SGD, fused=True)
     return optimizer(model.parameters(), momentum=config.momentum, weight_decay=config.weight_decay)
 
 
@@ -314,20 +316,19 @@ def variants(config):
     batch = max(config.shards, config.batch_size // 4, 2)
     small = {"batch_size": batch, "pretext_rate": config.pretext_rate * batch / config.batch_size}
     ablations = {
-        "as-is": {},
-        "prototypes-tenth": {"prototypes": max(2, config.prototypes // 10)},
-        "prototypes-tenfold": {"prototypes": 10 * config.prototypes},
-        "epsilon0.03": {"epsilon": 0.03},
+        "as-is": {}, "epsilon0.03": {"epsilon": 0.03},
         "epsilon0.5": {"epsilon": 0.5, "patience": 0.0},
         "no-equipartition": {"iterations": 0, "patience": 0.0},
+        "prototypes-tenth": {"prototypes": max(2, config.prototypes // 10)},
+        "prototypes-tenfold": {"prototypes": 10 * config.prototypes},
         "small-batch": {**small, "queue": 0},
         "small-batch-queue": {**small, "queue": 15 * batch}}
-    short = {"pretext_epochs": config.audit_epochs}
     changes = {
         "swav": {}, "deepcluster": {"method": "deepcluster"}, "simclr": {"method": "simclr"},
         "two-crops": {"crop_sizes": (large,), "crop_counts": (2,), "crop_scales": (0.08, 1.0),
                       "pretext_epochs": config.pretext_epochs * pixels / (2 * large ** 2)},
-        **{f"ablation/{name}": {**short, **change} for name, change in ablations.items()}}
+        **{f"ablation/{name}": {"pretext_epochs": config.audit_epochs, **change}
+           for name, change in ablations.items()}}
     return {name: replace(config, **{"method": "swav", **change})
             for name, change in changes.items()}
 
@@ -374,25 +375,21 @@ def measures(run, trained, config, rows, train, test):
     the averaged last feature map; loss, at the end of training, and use, the entropy of how often
     each prototype is the nearest, in percent of ln K; spread, the standard deviation of z in
     percent of that of vectors spread evenly over the sphere."""
-    model, values = copy.deepcopy(trained.model), {}
-    rows = {row.split("/")[-1]: row for row in rows}
-    if rows.keys() - {"loss", "use", "spread"}:
+    model, kinds, values = copy.deepcopy(trained.model), {row.split("/")[-1] for row in rows}, {}
+    if kinds - {"loss", "use", "spread"}:
         train_x, test_x = features(run, model.encoder, model.encoder, config, train, train, test)
         probed = train_x, train.labels, test_x, test.labels
-    if rows.keys() & {"use", "spread"}:
+        if "linear" in kinds:
+            values["linear"] = evaluate.linear_probe(*probed, seed=run.seed)
+        for kind in sorted(kinds & {"knn20", "knn200"}):
+            values[kind] = evaluate.knn_accuracy(*probed, k=int(kind[3:]))
+    if kinds & {"use", "spread"}:
         (z,) = features(run, model, model.embed, config, train, test)
-    for measure, row in rows.items():
-        if measure == "loss":
-            values[row] = 100 * trained.curves["loss"][-1][1] / chance_loss(config)
-        elif measure == "use":
-            values[row] = 100 * float(use_of_prototypes(model.score(z))[0]) / chance_loss(config)
-        elif measure == "spread":
-            values[row] = 100 * math.sqrt(DIMENSION) * float(z.std(0).mean())
-        elif measure == "linear":
-            values[row] = evaluate.linear_probe(*probed, seed=run.seed)
-        else:
-            values[row] = evaluate.knn_accuracy(*probed, k=int(measure.removeprefix("knn")))
-    return values
+        values["use"] = 100 * float(use_of_prototypes(model.score(z))[0]) / chance_loss(config)
+        values["spread"] = 100 * math.sqrt(DIMENSION) * float(z.std(0).mean())
+    if "loss" in kinds:
+        values["loss"] = 100 * trained.curves["loss"][-1][1] / chance_loss(config)
+    return {row: values[row.split("/")[-1]] for row in rows}
 
 
 def share_of_labels(labels, share, seed):
@@ -416,46 +413,36 @@ def classify(run, data, row, encoder):
         train = train.take(share_of_labels(train.labels, int(percent) / 100, run.seed))
         place = ("1", "10").index(percent)
         epochs = config.label_passes[place]
-        if name != "supervised":
-            rate, head_factor = config.label_rates[place], config.head_factors[place]
+    if percent and name != "supervised":
+        rate, head_factor = config.label_rates[place], config.head_factors[place]
     model = evaluate.Classifier(copy.deepcopy(encoder), data.classes).train()
     model.to(run.device, memory_format=torch.channels_last)
 
     def loss(batch, step):
-        images, labels = batch
-        crop = partial(labelled_crop, size=config.crop_sizes[0])
-        images = run.augment(crop, images, f"{row}/augment", step)
-        scores = model(images.contiguous(memory_format=torch.channels_last))
-        return {"loss": F.cross_entropy(scores.float(), labels)}
+        crops = run.augment(labelled_crop, batch[0], f"{row}/augment", step,
+                            size=config.crop_sizes[0])
+        scores = model(crops.contiguous(memory_format=torch.channels_last))
+        return {"loss": F.cross_entropy(scores.float(), batch[1])}
 
     groups = [{"params": model.encoder.parameters()},
               {"params": model.linear.parameters(), "scale": head_factor}]  # run.fit reads "scale"
-    return run.fit(
-        row, model, loss, run.shuffled(train, config.label_batch, row),
-        steps=trainer.steps_in(config, epochs, train, config.label_batch),
-        chance=math.log(data.classes),
-        optimizer=torch.optim.SGD(groups, rate, config.momentum, weight_decay=config.label_decay),
-        rate=trainer.cosine(rate, config.warmup))
-
-
-def load(run):
-    """The run's images; those without colours are refused."""
-    config = run.config
-    data = run.load(config.dataset, config.image_size, config.streamed or None)
-    if hasattr(data.train, "images") and data.train.images.shape[1] != 3:
-        raise trainer.InputError(f"dataset '{config.dataset}' has 1 colour channel, 3 are needed: "
-                                 "--set dataset=cifar10")
-    return data
+    optimizer = torch.optim.SGD(groups, rate, config.momentum, weight_decay=config.label_decay,
+                                fused=True)
+    return run.fit(row, model, loss, run.shuffled(train, config.label_batch, row),
+                   steps=trainer.steps_in(config, epochs, train, config.label_batch),
+                   chance=math.log(data.classes), optimizer=optimizer,
+                   rate=trainer.cosine(rate, config.warmup))
 
 
 def reproduce(run):
     """Every row of one seed; what several rows share is trained once, then read from its file."""
-    data, arms = load(run), variants(run.config)
+    config, arms = run.config, variants(run.config)
+    data = run.load(config.dataset, config.image_size, config.streamed or None, channels=3)
     for name in dict.fromkeys(["swav", "random", "supervised", *arms, "checkpoint"]):  # each once
         measured = ("knn20", "knn200", "linear", "loss", "use", "spread")
         if rows := run.wants(*(f"{name}/{measure}" for measure in measured)):
             trained = network(run, data, name)
-            measure = partial(measures, run, trained, arms.get(name, run.config), rows)
+            measure = partial(measures, run, trained, arms.get(name, config), rows)
             if name == "swav" and run.seed == run.rank == 0 and not run.plan:
                 figures(run, trained.model, data.test)
             run.record(rows, measure, data.train, data.test, after=[trained])
@@ -463,8 +450,8 @@ def reproduce(run):
             if run.wants(row):
                 start = network(run, data, "random" if name == "supervised" else name)
                 final = classify(run, data, row, start.model.encoder)
-                measure = partial(evaluate.class_accuracy, run, final.model,
-                                  partial(whole_images, config=run.config))
+                see = partial(whole_images, config=config)
+                measure = partial(evaluate.class_accuracy, run, final.model, see)
                 run.record(row, measure, data.test, after=[start, final])
 
 
@@ -511,11 +498,10 @@ def stop_at_collapse(model, config, name, scalars, steps, window):
     (loss, largest), chance = (model.watched / window).tolist(), chance_loss(config)
     model.watched.zero_()
     if abs(loss / chance - 1) < 0.005 or largest > 0.9:
-        advice = f"pretext_rate={config.pretext_rate / 4:g}"
-        if config.method == "swav" and config.epsilon > 0.05:
-            advice = f"epsilon=0.05 (now {config.epsilon:g})"
-        elif config.method == "swav" and config.iterations < 3:
-            advice = f"iterations=3 (now {config.iterations})"
+        swav = config.method == "swav"
+        advice = (f"epsilon=0.05 (now {config.epsilon:g})" if swav and config.epsilon > 0.05 else
+                  f"iterations=3 (now {config.iterations})" if swav and config.iterations < 3 else
+                  f"pretext_rate={config.pretext_rate / 4:g}")
         raise trainer.TrainingFailed(
             f"{name} collapsed: over {window} steps the loss was {loss:.3f} (chance {chance:.3f}) "
             f"and one prototype took {100 * largest:.0f} % of the crops; --set {advice}, or --set "
@@ -527,13 +513,12 @@ def stop_at_collapse(model, config, name, scalars, steps, window):
 @torch.no_grad()
 def figures(run, model, test):
     """The eight test images nearest to each of 16 prototypes, from the most used to the least."""
-    model, see = model.eval(), partial(whole_images, config=run.config)
+    see = partial(whole_images, config=run.config)
     with run.autocast():
-        z = [model.embed(see(images)) for images, _ in evaluate.in_order(test)]
+        z = [model.eval().embed(see(images)) for images, _ in evaluate.in_order(test)]
     scores = model.score(torch.cat(z))
     used = scores.argmax(1).bincount(minlength=scores.shape[1])
-    ranking = used.argsort(descending=True, stable=True)
-    chosen = ranking[torch.linspace(0, len(used) - 1, 16).long().to(scores.device)]
+    chosen = used.argsort(descending=True, stable=True)[::max(1, len(used) // 16)][:16]
     nearest = scores[:, chosen].topk(min(8, len(scores)), 0).indices.T  # (16, 8)
     images, _ = next(test.batches([nearest.flatten().cpu()]))
     save_image(images.float() / 255, run.suite / f"{run.paper}_nearest.png", nrow=nearest.shape[1])
@@ -632,7 +617,7 @@ def normalize(images):
 
 
 class FeatureQueue(nn.Module):
-    """The latest `length` z of each view, newest first; it is saved with the model."""
+    """The latest `length` z of each view, newest first; saved with the model."""
 
     def __init__(self, views, length, dimension):
         super().__init__()
@@ -662,23 +647,21 @@ class LARS(torch.optim.Optimizer):
     def __init__(self, parameters, lr=0.1, momentum=0.9, weight_decay=0.0, trust=0.001):
         super().__init__(parameters, {"lr": lr})
         self.momentum, self.decay, self.trust = momentum, weight_decay, trust
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["momentum"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
-            gradients, momenta = [p.grad for p in weights], []
-            for p in weights:
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                momenta.append(self.state[p]["momentum"])
+            gradients, momenta = zip(*((p.grad, self.state[p]["momentum"]) for p in weights))
             weight_norm = torch.stack(torch._foreach_norm(weights))  # (tensors,)
             gradient_norm = torch.stack(torch._foreach_norm(gradients))
             ratio = self.trust * weight_norm / (gradient_norm + self.decay * weight_norm + 1e-8)
             ratio = torch.where(weight_norm > 0, ratio, 1) * (gradient_norm > 0)
             scaled = torch._foreach_add(gradients, weights, alpha=self.decay)
             torch._foreach_mul_(scaled, ratio.unbind())
-            torch._foreach_mul_(momenta, self.momentum)
+            torch._foreach_mul_(momenta, self.momentum)  # in place, all tensors at once
             torch._foreach_add_(momenta, scaled)
             torch._foreach_add_(weights, momenta, alpha=-group["lr"])
 
@@ -784,7 +767,8 @@ def export(run, path):
         raise trainer.InputError(
             f"torchvision has no {config.network} of width {config.width:g} with stem "
             f"{config.stem}: --set network=resnet18 --set width=1 --set stem=imagenet")
-    encoder = network(run, load(run), "swav").model.encoder
+    data = run.load(config.dataset, config.image_size, config.streamed or None, channels=3)
+    encoder = network(run, data, "swav").model.encoder
     head = {"fc.weight": torch.zeros(1000, encoder.channels), "fc.bias": torch.zeros(1000)}
     if run.rank == 0 and not run.plan:
         checkpoints.write(path, {**encoder.state_dict(), **head})
@@ -793,8 +777,7 @@ def export(run, path):
 
 def options(parser):
     parser.add_argument("--export", metavar="FILE", help="write the network for torchvision.models")
-    parser.add_argument("--evaluate", metavar="FILE", help="probe the network of such a file, of "
-                        "torchvision's or the authors'")
+    parser.add_argument("--evaluate", metavar="FILE", help="probe a network that is in a file")
 
 
 def use(given):
