@@ -17,8 +17,9 @@ Deviations (official code: github.com/gidariss/FeatureLearningRotNet, commit 853
  5. Heads on one frozen trunk are trained side by side.  Layers before a batch-norm have no bias.
  6. Scale paper: crops of squares of 256 pixels; 50 epochs and their drops as released (paper: 30).
  7. Convolutions and matrix products run in bfloat16 (--set precision=float32 for the original's).
- 8. Left out: Places (Table 6), PASCAL VOC (Table 7), accuracy over pretext epochs (Fig. 5a).
- 9. Scale small: narrower, less training (fine-tuning least); values are not comparable, claims are.
+ 8. Left out: Places (Table 6), PASCAL VOC (Table 7).  Fig. 5a has a plain probe, at three points.
+ 9. Scale small: narrower, less training, and heads learn from two augmented views of each image,
+    which the frozen trunk encodes once.  Values are not comparable, claims are.
 10. Our control, random, has batch-norm statistics of 500 images, as a trained network has.  The
     released code's, random-official, has means of 0, variances of 1 and torch's own weights.
 python -m papers.gidaris_rotation --scale small   # CIFAR-10, two CPU cores: 30 minutes, two seeds
@@ -287,6 +288,10 @@ TRUNKS = {  # name -> (its blocks, the degrees that it tells apart)
 CURVE = (5, 20, 50)  # percent of RotNet's training after which it is measured too (Fig. 5a)
 
 
+def step_after(percent, steps):
+    return max(1, steps * percent // 100)
+
+
 def pretrain(run, data, config, name):
     """-> Trained: one of the TRUNKS, which has learnt to tell its rotations apart (Eq. 1 to 3)."""
     blocks, degrees = TRUNKS[name]
@@ -309,7 +314,7 @@ def pretrain(run, data, config, name):
     return run.fit(
         name, model, loss, run.shuffled(data.unlabeled, config.batch_size, name), steps=steps,
         optimizer=make_optimizer(config, model), chance=math.log(len(degrees)),
-        keep=[steps * percent // 100 for percent in CURVE] if name == "rotnet4" else [],
+        keep=[step_after(percent, steps) for percent in CURVE] if name == "rotnet4" else [],
         rate=trainer.stepped(config.pretext_rate, config.pretext_drops, config.pretext_factor))
 
 
@@ -542,9 +547,8 @@ def reproduce(run):
         rows = f"rotnet4/after{percent}/block2/linear", f"rotnet4/after{percent}/rotation-accuracy"
         if run.wants(*rows):
             trained = network(run, data, "rotnet4")
-            for step, state in (trained.kept or {}).items():
-                if step == trained.steps * percent // 100:
-                    trained.model.load_state_dict(state)
+            if trained.kept:  # a plan keeps nothing
+                trained.model.load_state_dict(trained.kept[step_after(percent, trained.steps)])
             run.record(rows, partial(curve_point, run, trained.model, rows), data.train, data.test,
                        after=[trained])
 

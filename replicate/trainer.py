@@ -16,6 +16,7 @@ import resource
 import sys
 import time
 import typing
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,15 +190,15 @@ class Run:
         self.rank, self.ranks = rank_and_ranks()
         self.hash = config_hash(self.paper, config)
         self.suite, self.folder = Path(results) / suite, Path(runs) / self.paper / self.hash
-        self.records, warnings = records.read(self.suite / f"{self.paper}.jsonl")
+        self.records, faults = records.read(self.suite / f"{self.paper}.jsonl")
         self.provenance = records.provenance(script)
         self.sha256, self.asked, self.settled, self.planned, self.differ = {}, [], set(), {}, None
         self.quiet, self.line = quiet, terminal.Line()
         self.costs = []  # of a plan: (rows measured together, seconds, {training: seconds}, MB)
         self.fitting, self.stop = None, False  # the training under way; whether it has to stop
         self.left_out = {}  # {glob of rows: why}, of all seeds
-        for warning in warnings:
-            self.say(f"warning: {warning}", important=True)
+        for fault in faults:
+            self.say(f"warning: {fault}", important=True)
 
     def say(self, text, important=False):
         """A line on the terminal; when the run is quiet, only if it is important."""
@@ -334,7 +335,11 @@ class Run:
             images = sum(map(len, splits))
             splits = [split.take(range(min(PLAN_IMAGES, len(split)))) for split in splits]
             factor = images / max(1, sum(map(len, splits)))
-        values = measure and measure(*splits)
+        with warnings.catch_warnings(record=True) as noticed:
+            warnings.simplefilter("always", UserWarning)
+            values = measure and measure(*splits)
+        for text in {} if self.plan else dict.fromkeys(str(each.message) for each in noticed):
+            self.say(f"note: {', '.join(wanted)}: {text}")
         own = (time.perf_counter() - start) * factor
         trainings = {part.name: round(part.seconds, 1) for part in after if part.name}
         seconds, more = own + sum(part.seconds for part in after), {"trainings": trainings}

@@ -310,7 +310,7 @@ def test_a_network_that_cannot_tell_turns_apart_is_at_chance(make_run):
     torch.manual_seed(0)
     test = Resident(some_images(50), torch.zeros(50, dtype=torch.int64))
     run = make_run("precision=float32")
-    assert rotation.rotation_accuracy(run, Averaged(), rotation.QUARTER_TURNS, test) == 25.0
+    assert rotation.rotation_accuracy(run, Averaged(), "rotnet4", test) == 25.0
 
 
 # Trunks, heads and rows
@@ -349,7 +349,7 @@ def test_few_label_rows_train_on_the_first_of_each_class_and_as_long_as_with_all
     monkeypatch.setattr(trainer.Run, "shuffled", shuffled)
     monkeypatch.setattr(trainer.Run, "fit", fit)
     names = ["supervised", "supervised/labels20", "supervised/labels100", "supervised/labels400"]
-    run = make_run("width=0.05", "batch_size=10", "supervised_epochs=0.3", rows=names)
+    run = make_run("width=0.05", "head_batch_size=10", "supervised_epochs=0.3", rows=names)
     data = some_data(500, 4)
     monkeypatch.setattr(trainer.Run, "load", lambda *arguments, **options: data)
     rotation.reproduce(run)
@@ -375,6 +375,51 @@ def test_a_probe_leaves_the_trunk_bit_identical_and_fine_tuning_does_not(make_ru
     tuned = weights_of(run.folder)["tuned"]
     for name in ("blocks.0.0.0.weight", "blocks.0.0.1.running_mean"):
         assert not torch.equal(tuned[name], before[name])
+
+
+def test_heads_on_views_encode_an_image_once_a_view(make_run, monkeypatch):
+    run, data = make_run("views=3", "head_batch_size=16", "width=0.1", rows=("a", "b")), some_data(40)
+    trunk = rotation.NetworkInNetwork(4, 4, 0.1)
+    encoded, steps, maps = [], [], trunk.maps
+    monkeypatch.setattr(trunk, "maps", lambda images: encoded.append(len(images)) or maps(images))
+    monkeypatch.setattr(rotation, "network", lambda *arguments: trainer.Trained(trunk))
+    monkeypatch.setattr(rotation, "head_accuracies", lambda *arguments: {"a": 1.0, "b": 2.0})
+    fit = trainer.Run.fit
+
+    def counted(self, *arguments, **options):
+        steps.append(options["steps"])
+        return fit(self, *arguments, **options)
+
+    monkeypatch.setattr(trainer.Run, "fit", counted)
+    rotation.fit_heads(run, data, "a", "rotnet4", rotation.nonlinear_head, (12.0, (0.5,), 0.1),
+                       {"a": 1, "b": 2})
+    assert sum(encoded) == 2 + 3 * 40 and steps == [30]  # 2: the shapes of the maps
+    # A view is what the trunk makes of an augmented image, each image as often as another.
+    see = lambda images, generator: {1: images[:, :1].float(), 2: images[:, 1:].float()}
+    views = rotation.encode_views(run, data.train, 120, see, "a")
+    assert torch.equal(views.labels.bincount(), 3 * data.train.labels.bincount())
+    pixels = views.images.unflatten(1, (3, 32, 32)).to(torch.uint8)
+    assert all((pixels == image).flatten(1).all(1).sum() == 3 for image in data.train.images)
+
+
+def test_rows_after_a_part_of_the_training_measure_the_weights_of_that_step(make_run, monkeypatch):
+    run = make_run("width=0.1", "pretext_epochs=1", "batch_size=2", rows=(
+        "rotnet4/after5/block2/linear", "rotnet4/after5/rotation-accuracy",
+        "rotnet4/after50/block2/linear", "rotnet4/after50/rotation-accuracy"))
+    data, seen = some_data(40), []
+
+    def curve_point(run, model, rows, train, test):
+        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return dict.fromkeys(rows, 50.0)
+
+    monkeypatch.setattr(rotation, "curve_point", curve_point)
+    monkeypatch.setattr(trainer.Run, "load", lambda *arguments, **options: data)
+    rotation.reproduce(run)
+    saved = torch.load(next(run.folder.glob("rotnet4.pt")), weights_only=True)
+    assert [*saved["kept"]] == [1, 4, 10] and saved["step"] == 20
+    for step, state in zip((1, 10), seen, strict=True):
+        assert all(torch.equal(saved["kept"][step][name], state[name]) for name in state)
+    assert not torch.equal(saved["model"]["blocks.0.0.0.weight"], seen[1]["blocks.0.0.0.weight"])
 
 
 def test_the_guard_notices_a_trunk_that_moves(make_run, monkeypatch):

@@ -38,14 +38,14 @@ def make_run(seventh, settings, tmp_path):
     return make
 
 
-def tiny_fit(run, steps, rate=0.1, purpose="tiny"):
+def tiny_fit(run, steps, rate=0.1, purpose="tiny", keep=()):
     """A linear model on drawn numbers through run.fit."""
     run.seed_global("init")
     model = nn.Linear(8, 2)
     split = Resident(torch.randn(64, 8, generator=run.stream("data")), torch.arange(64) % 2)
     return run.fit(purpose, model, lambda batch, step: {
         "loss": nn.functional.cross_entropy(model(batch[0]).float(), batch[1])},
-        run.shuffled(split, 16, purpose), steps=steps, rate=lambda progress: rate,
+        run.shuffled(split, 16, purpose), steps=steps, rate=lambda progress: rate, keep=keep,
         optimizer=torch.optim.SGD(model.parameters(), 0.1, momentum=0.9))
 
 
@@ -226,6 +226,24 @@ def test_learning_curves_cover_every_step_and_survive_a_stop(make_run, monkeypat
     run.record("mirrored/linear", lambda: 50.0, after=[again])
     assert run.value("mirrored/linear")["value"] == 50.0 and run.value("random/linear") is None
     assert run.records[-1]["history"] == whole.curves and run.records[-1]["steps"] == 30
+
+
+def test_weights_on_the_way_are_kept_through_a_stop_and_belong_to_their_steps(make_run, monkeypatch):
+    short = tiny_fit(make_run("short"), 4).model.weight.clone()
+    whole = tiny_fit(make_run("a"), 30, keep=[4, 20])
+    assert [*whole.kept] == [4, 20] and torch.equal(whole.kept[4]["weight"], short)
+    assert not torch.equal(whole.kept[20]["weight"], whole.model.weight)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Run, "stop_agreed", lambda run, step, last: step == 17)
+        with pytest.raises(trainer.Interrupted):
+            tiny_fit(make_run("b"), 30, keep=[4, 20])
+    for _ in range(2):  # resumed; then read from its checkpoint
+        again = tiny_fit(make_run("b"), 30, keep=[4, 20])
+        assert [*again.kept] == [4, 20] and torch.equal(again.model.weight, whole.model.weight)
+        assert all(torch.equal(again.kept[step]["weight"], whole.kept[step]["weight"])
+                   for step in (4, 20))
+    more = tiny_fit(make_run("b"), 30, keep=[4, 10, 20])  # the file lacks a step: all over again
+    assert [*more.kept] == [4, 10, 20] and torch.equal(more.model.weight, whole.model.weight)
 
 
 class Evil:
