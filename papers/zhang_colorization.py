@@ -1,18 +1,18 @@
 """Zhang, Isola, Efros (ECCV 2016): Colorful Image Colorization.  arXiv 1603.08511.
 
 Claim: to colour a grey photograph, a network has to know what it shows; so its features are useful.
-
 Method: the network sees the lightness L of an image in CIE Lab and predicts, for every fourth pixel
 on both axes, a distribution over 313 colours (a, b): corners of 10 x 10 cells of the ab plane that
 hold colours of a screen.  The target spreads each true colour over its nearest of the 313.  Most
 pixels of photographs are greyish, so a pixel's loss is weighted by the rarity of its colour.  The
 colour shown is the annealed mean: a temperature sharpens the distribution, and its mean is taken.
-Two variants: no rebalancing ("class"), and regression of (a, b) under squared error ("l2"), which
-averages over all that could be and comes out pale.  Official code: caffe_traininglayers.py in
-github.com/richzhang/colorization/tree/815b3f7/resources (encoding L46, weights L81, grey L115).
-
+Variants: no rebalancing ("class"), and regression of (a, b) under squared error, which averages
+over all that could be ("l2", and "l2-finetuned", begun from the full network).
+Official code: resources/caffe_traininglayers.py of github.com/richzhang/colorization/tree/815b3f7
+(encoding L46, weights L81, grey L115, of every fourth pixel as here).
 Deviations from the paper
- 1. Scales small and full: images of 96 or 128 pixels; small: one convolution in each block.
+ 1. Scale small: images of 80 pixels, a narrower network of one convolution a block, less training:
+    claims are comparable, values are not.  Scale full: images of 128 pixels.
  2. He initialisation, inputs divided by 50, zeros in the last layer; theirs depends on the data, by
     k-means.  Scale paper divides convolutions by their deviation on data, without k-means.
  3. Scales small and full: Adam with warm-up and cosine, weight decay 1e-4 in place of 1e-3.
@@ -20,15 +20,14 @@ Deviations from the paper
  5. Colours are counted in at most 10,000 training images, plus one each, and smoothed.
  6. Predictions are enlarged so that each lies on the pixel whose colour it was trained to predict.
  7. Images without colours, which do not teach in the released code, do not count at test, either.
- 8. Semantic test: our own network, trained on L, a, b of this data set, in place of VGG-16.
- 9. AlexNet (scale paper): crops, batch, schedule and target grid of the main network, no k-means.
-10. Linear probes: logistic regression on maps of at most 4 x 4 cells (scale paper 2 x 2), with new
+ 8. Beside the rebalanced measure, whose weights have no limit, one with the weights of training.
+ 9. Semantic test: our own network, trained on L, a, b of this data set, in place of VGG-16.
+10. AlexNet (scale paper): crops, batch, schedule and target grid of the main network, no k-means.
+11. Linear probes: logistic regression on maps of at most 4 x 4 cells (scale paper 2 x 2), with new
     batch-norm statistics; paper: 9,000 features, crops, SGD.  Block 4 was chosen beforehand.
-11. Multiplications in bfloat16; parameters, colours, losses and the fitting of probes in float32.
-12. Left out: human judges (AMT), "L2, fine-tuned", PASCAL VOC, Places.
-13. Scale small: narrower network, less training: claims are comparable, values are not.
-
-Run:  python -m papers.zhang_colorization --scale small (Imagenette, two CPU cores: 20 min a seed)
+12. Multiplications in bfloat16; parameters, colours, losses and the fitting of probes in float32.
+13. Left out: human judges (AMT), PASCAL VOC, Places.
+Run:  python -m papers.zhang_colorization --scale small (Imagenette, two CPU cores: 50 min a seed)
       python -m papers.zhang_colorization --colorize IN OUT        (a picture, or a folder of them)
 Result, small: full/auc-rebalanced 60.7 +- 0.3 against grey/auc-rebalanced 55.0 (n = 3); paper, full
 training: 67.3
@@ -73,8 +72,9 @@ class Config:
     pretext_epochs: float = 100.0       # ours
     pretext_rate: float = 0.001         # ours: paper 3.16e-5
     pretext_drops: tuple[float, ...] = ()   # paper: shares of the run, by sqrt(10); none: cosine
+    finetuning_epochs: float = 25.0     # ours: of L2 from the full network
     supervised_epochs: float = 60.0     # ours: with all labels, from scratch and fine-tuned
-    label_epochs: float = 20.0          # ours: with few labels; in epochs of the whole set
+    label_steps: int = 1500             # ours: updates on few labels, however few
     supervised_rate: float = 0.002      # ours: from scratch and of fine-tuning
     warmup: float = 0.05                # ours: share of the steps
     momentum: float = 0.9               # official code: Adam's first beta
@@ -83,7 +83,7 @@ class Config:
     probe_cells: int = 4                # ours: linear probes see maps of at most 4 x 4
     precision: Literal["bfloat16", "float32"] = "bfloat16"      # ours
     deterministic: bool = True          # ours
-    shards: int = 8                     # ours: ranks must divide it
+    shards: int = 1                     # ours: parts of a batch, which ranks divide
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -124,11 +124,16 @@ def gamut_bins(step=10):
     return cells[overlaps].flatten(0, 1).unique(dim=0).float()
 
 
-def soft_encode(ab, bins, neighbors=5, sigma=5.0, nearest=None):
-    """(N,2,H,W) -> (N,Q,H,W): each colour spread over its nearest of bins (Q,2), in proportion to
-    exp(-d^2 / 2 sigma^2) (Sec. 2.1).  nearest: what nearest_bins returns, where it is known."""
-    squares, nearest = nearest or nearest_bins(ab, bins, neighbors)  # (N, H, W, k)
-    shares = torch.softmax(-squares / (2 * sigma ** 2), 3)
+def neighbor_shares(ab, bins, neighbors=5, sigma=5.0, candidates=None):
+    """(N,2,H,W) -> indices (N,H,W,k) of the nearest of bins (Q,2), the nearest first, and the share
+    (N,H,W,k) of each in the colour, in proportion to exp(-d^2 / 2 sigma^2) (Sec. 2.1)."""
+    squares, nearest = nearest_bins(ab, bins, neighbors, candidates)
+    return nearest, torch.softmax(-squares / (2 * sigma ** 2), 3)
+
+
+def soft_encode(ab, bins, neighbors=5, sigma=5.0):
+    """(N,2,H,W) -> (N,Q,H,W): the same as a distribution over all bins (training needs none)."""
+    nearest, shares = neighbor_shares(ab, bins, neighbors, sigma)
     encoded = torch.zeros(*shares.shape[:3], len(bins), device=ab.device)
     return encoded.scatter_(3, nearest, shares).permute(0, 3, 1, 2)
 
@@ -174,21 +179,16 @@ def make_palette(run, split):
     return Palette(bins, candidates, prior / prior.sum())
 
 
-def encode(ab, config, palette):
-    """(N,2,h,w) -> soft_encode of it (N,Q,h,w), and the nearest bin of each colour (N,h,w)."""
-    found = nearest_bins(ab, palette.bins, config.neighbors, palette.candidates)
-    return soft_encode(ab, palette.bins, sigma=config.sigma, nearest=found), found[1][..., 0]
-
-
 def make_examples(images, generator, config, palette, bin_weights):
     """(N,3,S,S) uint8, weights (Q,) of the bins -> what the network sees, lightness less 50
-    (N,1,s,s), and for every fourth pixel its colour (N,2,s/4,s/4), this colour's encoding
-    (N,Q,s/4,s/4) and its weight in the loss (N,s/4,s/4), 0 in images without colours."""
-    lab = rgb_to_lab(crop_and_flip(images, generator, config.crop_size))
-    ab = lab[:, 1:, ::STRIDE, ::STRIDE]
-    encoded, nearest = encode(ab, config, palette)
-    weights = bin_weights[nearest] * is_colored(lab[:, 1:])[:, None, None]
-    return lab[:, :1] - 50, ab, encoded, weights
+    (N,1,s,s), and for every fourth pixel its colour (N,2,h,w), the bins nearest to this and their
+    shares in it (N,h,w,k), and its weight in the loss (N,h,w), 0 in images without colours."""
+    crops = crop_and_flip(images, generator, config.crop_size)
+    ab = rgb_to_lab(crops[..., ::STRIDE, ::STRIDE])[:, 1:]
+    nearest, shares = neighbor_shares(ab, palette.bins, config.neighbors, config.sigma,
+                                      palette.candidates)
+    weights = bin_weights[nearest[..., 0]] * is_colored(ab)[:, None, None]
+    return lightness(crops) - 50, ab, nearest, shares, weights
 
 
 # ---- Network ----
@@ -207,14 +207,13 @@ def main_network(width, inputs, outputs, two=2, three=3):
     """[block 1, ..., block 7], the head (block 8 and the scores), and the channels of block 7.
     two, three: how many convolutions those blocks have that have as many in the paper."""
     c64, c128, c256, c512 = (max(8, 2 * round(c * width / 2)) for c in (64, 128, 256, 512))
-    blocks = [
-        convolutions(two, inputs, c64, stride=2),       # 1/2 of the image's side
-        convolutions(two, c64, c128, stride=2),         # 1/4
-        convolutions(three, c128, c256, stride=2),      # 1/8, as all that follow
-        convolutions(three, c256, c512),
-        convolutions(three, c512, c512, dilation=2),
-        convolutions(three, c512, c512, dilation=2),
-        convolutions(three, c512, c512)]
+    blocks = [convolutions(two, inputs, c64, stride=2),       # 1/2 of the image's side
+              convolutions(two, c64, c128, stride=2),         # 1/4
+              convolutions(three, c128, c256, stride=2),      # 1/8, as all that follow
+              convolutions(three, c256, c512),
+              convolutions(three, c512, c512, dilation=2),
+              convolutions(three, c512, c512, dilation=2),
+              convolutions(three, c512, c512)]
     block8 = [nn.ConvTranspose2d(c512, c256, 4, 2, 1), nn.ReLU()]  # 1/4
     for _ in range(two):
         block8 += [nn.Conv2d(c256, c256, 3, padding=1), nn.ReLU()]
@@ -255,21 +254,21 @@ class ColorizationNetwork(nn.Module):
 
 def initialize(layer):
     """He initialisation; an output of a transposed convolution gets a quarter of the kernel."""
-    if isinstance(layer, nn.Conv2d):
-        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        nn.init.zeros_(layer.bias)
-    if isinstance(layer, nn.ConvTranspose2d):
-        nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu").data.mul_(2)
+    if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+        transposed = isinstance(layer, nn.ConvTranspose2d)
+        nn.init.kaiming_normal_(layer.weight, mode="fan_out" if transposed else "fan_in",
+                                nonlinearity="relu").data.mul_(2 if transposed else 1)
         nn.init.zeros_(layer.bias)
 
 
 # ---- Objective ----
 
-def classification_loss(scores, encoded, weights):
-    """Scores, encoded (N,Q,h,w), weights (N,h,w) -> cross-entropy with soft targets, each pixel
-    times its weight (Eq. 2), and its unweighted mean over the pixels with a weight."""
-    scores, targets = (x.permute(0, 2, 3, 1).flatten(0, 2) for x in (scores.float(), encoded))
-    entropies = -(scores.log_softmax(1) * targets).sum(1).view(weights.shape)
+def classification_loss(scores, nearest, shares, weights):
+    """Scores (N,Q,h,w), bins and shares (N,h,w,k) as neighbor_shares gives them, weights (N,h,w) ->
+    cross-entropy with these soft targets, each pixel times its weight (Eq. 2), and its unweighted
+    mean over the pixels with a weight."""
+    logs = scores.permute(0, 2, 3, 1).float().log_softmax(3)  # (N, h, w, Q)
+    entropies = -(logs.gather(3, nearest) * shares).sum(3)  # the other bins have no share
     taught = (weights > 0).float()
     return {"loss": (weights * entropies).mean(),
             "cross_entropy": (taught * entropies).sum() / taught.sum().clamp_min(1)}
@@ -283,39 +282,44 @@ def regression_loss(predicted, ab, weights):
 def make_optimizer(config, model):
     """Adam; run.fit sets the learning rate at every step."""
     return torch.optim.Adam(model.parameters(), betas=(config.momentum, config.second_momentum),
-                            weight_decay=config.weight_decay)
+                            weight_decay=config.weight_decay, fused=True)
 
 
 # ---- Pre-training ----
 
 VARIANTS = {  # of the network: name -> settings that differ from the run's
-    "full": {}, "class": {"mix": 1.0}, "l2": {"loss": "l2"}, "alexnet": {"network": "alexnet"}}
+    "full": {}, "class": {"mix": 1.0}, "l2": {"loss": "l2"}, "l2-finetuned": {"loss": "l2"},
+    "alexnet": {"network": "alexnet"}}
 
 
-def pretrain(run, data, config, name, palette):
-    """-> Trained ColorizationNetwork.  config: that of one of the VARIANTS."""
+def pretrain(run, data, config, name, palette, start=None):
+    """-> Trained ColorizationNetwork.  config: that of one of the VARIANTS; start: a network that
+    is trained further, if it is not a new one."""
     model = run.build(ColorizationNetwork, config.network, config.width, palette.bins, config.loss,
                       1, config.image_size)
     examples = partial(make_examples, config=config, palette=palette,
                        bin_weights=rebalancing_weights(palette.prior, config.mix))
-    if config.rescaled:  # by the same images on every rank
-        first = torch.arange(min(config.batch_size, len(data.unlabeled)))
-        images, _ = next(data.unlabeled.batches([first]))
+    if start:  # all but the last layer, which puts out something else
+        model.blocks.load_state_dict(start.blocks.state_dict())
+        model.head[:-1].load_state_dict(start.head[:-1].state_dict())
+    elif config.rescaled:  # by the same images on every rank
+        images, _ = next(evaluate.in_order(data.unlabeled, config.batch_size))
         rescale(model, examples(images, run.stream("rescale", 0, run.device))[0])
 
     def loss(batch, step):
         images, _ = batch  # the class labels stay unused
-        lightness, ab, encoded, weights = run.augment(examples, images, "augment", step)
-        scores = model(lightness.contiguous(memory_format=torch.channels_last))
+        seen, ab, *targets, weights = run.augment(examples, images, "augment", step)
+        scores = model(seen.contiguous(memory_format=torch.channels_last))
         if config.loss == "l2":
             return regression_loss(scores, ab, (weights > 0).float())
-        return classification_loss(scores, encoded, weights)
+        return classification_loss(scores, *targets, weights)
 
     rate = trainer.cosine(config.pretext_rate, config.warmup)
     if config.pretext_drops:
         rate = trainer.stepped(config.pretext_rate, config.pretext_drops, 10 ** -0.5)
+    epochs = config.finetuning_epochs if start else config.pretext_epochs
     return run.fit(name, model, loss, run.shuffled(data.unlabeled, config.batch_size, "pretext"),
-                   steps=trainer.steps_in(config, config.pretext_epochs, data.unlabeled),
+                   steps=trainer.steps_in(config, epochs, data.unlabeled),
                    optimizer=make_optimizer(config, model), rate=rate,
                    chance=None if config.loss == "l2" else math.log(len(palette.bins)))
 
@@ -324,14 +328,15 @@ def pretrain(run, data, config, name, palette):
 
 # A colorizer is a function: pictures (N,3,H,W) in Lab -> their colours (a, b), (N,2,H,W).
 CONTROLS = ("truth", "grey", "random-colors", "prior-mode", "centre", "prior")  # without a network
+FIGURED = ("l2", "class", "full")   # side by side in a figure, which waits for all three
 
 
 @torch.no_grad()
 def network_scores(autocast, model, lab):
     """What a network puts out for pictures (N,3,H,W) in Lab, of which it sees L: float32."""
     with autocast():
-        lightness = (lab[:, :1] - 50).contiguous(memory_format=torch.channels_last)
-        return model.eval()(lightness).float()
+        seen = (lab[:, :1] - 50).contiguous(memory_format=torch.channels_last)
+        return model.eval()(seen).float()
 
 
 def network_colors(autocast, model, temperature, lab, size=None):
@@ -376,33 +381,34 @@ def colored_pictures(test):
 
 
 def color_measures(name, colorizer, palette, test):
-    """{name/auc-raw and name/auc-rebalanced: percent, name/chroma-ratio: chroma over the true one}
-    of a colorizer; rebalanced: a pixel counts by the rarity of its colour in train images."""
-    rarity = rebalancing_weights(palette.prior, mix=0.0)
-    sums = torch.zeros(3, 2, dtype=torch.float64)  # a row for each measure: a sum over another
+    """{name/auc-raw, name/auc-rebalanced, name/auc-bounded: percent, name/chroma-ratio: chroma over
+    the true one} of a colorizer.  Rebalanced: a pixel counts by the rarity of its colour in train
+    images, without limit; bounded: by its weight in training, at most Q + 1 times another's."""
+    rarity = {f"{name}/auc-{kind}": rebalancing_weights(palette.prior, mix) for kind, mix in
+              (("raw", 1.0), ("rebalanced", 0.0), ("bounded", 0.5))}  # mix: how even they are
+    sums = {row: torch.zeros(2, dtype=torch.float64) for row in (*rarity, f"{name}/chroma-ratio")}
     for lab in colored_pictures(test):
         true_ab, ab = lab[:, 1:], colorizer(lab)
         _, nearest = nearest_bins(true_ab, palette.bins, 1, palette.candidates)
-        weights = rarity[nearest[..., 0]]  # (N, H, W)
-        count, weight = weights.numel(), float(weights.double().sum())
-        chroma, true_chroma = (float(colors.square().sum(1).sqrt().double().sum())
-                               for colors in (ab, true_ab))
-        sums += torch.tensor([[count * color_auc(ab, true_ab), count],
-                              [weight * color_auc(ab, true_ab, weights), weight],
-                              [chroma, true_chroma]])
-    raw, rebalanced, ratio = (sums[:, 0] / sums[:, 1]).tolist()
-    return {f"{name}/auc-raw": 100 * raw, f"{name}/auc-rebalanced": 100 * rebalanced,
-            f"{name}/chroma-ratio": ratio}
+        for row in rarity:
+            weights = rarity[row][nearest[..., 0]]  # (N, H, W)
+            total = float(weights.double().sum())
+            sums[row] += torch.tensor([100 * total * color_auc(ab, true_ab, weights), total])
+        sums[f"{name}/chroma-ratio"] += torch.tensor(
+            [float(colors.square().sum(1).sqrt().double().sum()) for colors in (ab, true_ab)])
+    return {row: float(value / count) for row, (value, count) in sums.items()}
 
 
 def cross_entropy(run, model, palette, test):
     """Mean unweighted cross-entropy in nats of a network, or without one of the prior."""
-    prior, total, count = palette.prior.log().view(1, -1, 1, 1), 0, 0
+    prior, total, count, config = palette.prior.log().view(1, -1, 1, 1), 0, 0, run.config
     for lab in colored_pictures(test):
-        encoded, _ = encode(lab[:, 1:, ::STRIDE, ::STRIDE], run.config, palette)
-        ones = torch.ones_like(encoded[:, 0])
+        targets = neighbor_shares(lab[:, 1:, ::STRIDE, ::STRIDE], palette.bins, config.neighbors,
+                                  config.sigma, palette.candidates)
+        ones = torch.ones(targets[0].shape[:3], device=lab.device)
         scores = network_scores(run.autocast, model, lab) if model else prior
-        total += ones.numel() * float(classification_loss(scores, encoded, ones)["loss"])
+        scores = scores.expand(len(ones), -1, *ones.shape[1:])
+        total += ones.numel() * float(classification_loss(scores, *targets, ones)["loss"])
         count += ones.numel()
     return total / count
 
@@ -415,10 +421,10 @@ def recolor(images, colorizer):
 
 def network_input(images, model):
     """Whole images (N,3,S,S) uint8 as a network sees them: L less 50, and a, b if it takes them."""
-    lab = rgb_to_lab(images)
-    lab[:, 0] -= 50
-    channels = model.blocks[0][0].in_channels
-    return lab[:, :channels].contiguous(memory_format=torch.channels_last)
+    grey = model.blocks[0][0].in_channels == 1
+    seen = lightness(images) if grey else rgb_to_lab(images)
+    seen[:, 0] -= 50
+    return seen.contiguous(memory_format=torch.channels_last)
 
 
 def semantic_accuracy(run, classifier, colorizer, test):
@@ -437,10 +443,8 @@ def block_maps(run, model, images):
 
 def probe_blocks(run, model, rows, train, test):
     """{row: accuracy} of rows <network>/block<number>/<linear or labels<number a class>>."""
-    kinds = {}
-    for row in rows:
-        *_, block, kind = row.split("/")
-        kinds[row] = int(block[-1]), evaluate.labels_of(row) or kind
+    kinds = {row: (int(block[-1]), evaluate.labels_of(row) or kind)
+             for row in rows for block, kind in [row.split("/")[-2:]]}
     maps = partial(block_maps, run, model)
     evaluate.recalibrate(model, maps, train)  # the random network has no statistics of its own
     with evaluate.frozen(model):
@@ -451,15 +455,13 @@ def fit_classifier(run, data, row, model):
     """-> Trained: the model's blocks and a linear layer, on the labels that a row may use."""
     config, labels = run.config, evaluate.labels_of(row)
     model.head.requires_grad_(False)  # not in use
-    classifier = evaluate.Classifier(model, data.classes)
-    classifier.to(run.device, memory_format=torch.channels_last)
-    epochs = config.label_epochs if labels else config.supervised_epochs
-    batch_size = min(config.batch_size, 64)
+    classifier = evaluate.Classifier(model, data.classes).to(run.device)
+    steps = config.label_steps if labels else trainer.steps_in(
+        config, config.supervised_epochs, data.train)
     return evaluate.train_on_labels(
         run, data, row, classifier, partial(network_input, model=model), labels,
-        batch_size=batch_size, steps=trainer.steps_in(config, epochs, data.train, batch_size),
-        optimizer=make_optimizer(config, classifier), chance=math.log(data.classes),
-        rate=trainer.cosine(config.supervised_rate, config.warmup))
+        batch_size=config.batch_size, steps=steps, optimizer=make_optimizer(config, classifier),
+        rate=trainer.cosine(config.supervised_rate, config.warmup), chance=math.log(data.classes))
 
 
 def network(run, data, palette, name):
@@ -469,7 +471,8 @@ def network(run, data, palette, name):
         return trainer.Trained(None)
     config = replace(run.config, **VARIANTS.get(name.removesuffix("-random"), {}))
     if name in VARIANTS:
-        return pretrain(run, data, config, name, palette)
+        start = network(run, data, palette, "full").model if name == "l2-finetuned" else None
+        return pretrain(run, data, config, name, palette, start)
     if name.startswith("full/finetuned"):
         return fit_classifier(run, data, name, network(run, data, palette, "full").model)
     model = run.build(ColorizationNetwork, config.network, config.width, palette.bins, config.loss,
@@ -484,10 +487,10 @@ def load_images(run):
     data = run.load(config.dataset, config.image_size, config.streamed or None)
     channels, side = next(evaluate.in_order(data.test, 1))[0].shape[1:3]
     if channels != 3 or side % 16:
-        raise trainer.InputError(f"dataset '{config.dataset}' has {channels} colour channel(s) and "
-                                 f"{side} pixels a side, but 3 and a multiple of 16 are needed, "
-                                 "since colours are what is predicted: --set dataset=cifar10 "
-                                 "--set image_size=32 --set crop_size=32")
+        raise trainer.InputError(
+            f"dataset '{config.dataset}' has {channels} colour channel(s) and {side} pixels a "
+            "side, but 3 and a multiple of 16 are needed, since colours are what is predicted: "
+            "--set dataset=cifar10 --set image_size=32 --set crop_size=32")
     if side != config.image_size:
         raise trainer.InputError(f"images of '{config.dataset}' have {side} pixels: --set "
                                  f"image_size={side} --set crop_size={min(side, config.crop_size)}")
@@ -500,35 +503,33 @@ def reproduce(run):
     """Every row of one seed; what several rows share is trained once, then read from its file."""
     data = load_images(run)
     palette = make_palette(run, data.unlabeled)
-    for name in ("grey", "random-colors", "prior-mode", "centre", "l2", "class", "full"):
+    for name in (*CONTROLS, *VARIANTS):
         if rows := run.wants(f"{name}/auc-*", f"{name}/chroma-ratio"):
             trained = network(run, data, palette, name)
             colorizer = make_colorizer(run, data, palette, name, trained.model)
-            measure = partial(color_measures, name, colorizer, palette)
-            others = {f"{one}/auc-raw" for one in ("l2", "class", "full")} - {*rows}
+            others = [f"{one}/auc-rebalanced" for one in FIGURED if one != name]
             if run.seed == run.rank == 0 and len(others) == 2 and all(map(run.value, others)):
                 figures(run, data, palette)  # the last of the three is about to be recorded
+            measure = partial(color_measures, name, colorizer, palette)
             run.record(rows, measure, data.test, after=[trained])
-    for name in ("prior", "class", "full"):
         if run.wants(f"{name}/cross-entropy"):
             trained = network(run, data, palette, name)
             measure = partial(cross_entropy, run, trained.model, palette)
             run.record(f"{name}/cross-entropy", measure, data.test, after=[trained])
-    for name in ("truth", "grey", "random-colors", "l2", "class", "full"):
         if run.wants(f"{name}/semantic"):
+            classifier = network(run, data, palette, "supervised-color")
             trained = network(run, data, palette, name)
             colorizer = make_colorizer(run, data, palette, name, trained.model)
-            classifier = network(run, data, palette, "supervised-color")
             measure = partial(semantic_accuracy, run, classifier.model, colorizer)
             run.record(f"{name}/semantic", measure, data.test, after=[classifier, trained])
-    for name in ("full", "random", "supervised-l", "supervised-color", "alexnet", "alexnet-random"):
+    for name in ("full", "random", "supervised-l", "alexnet", "alexnet-random"):
         if rows := run.wants(f"{name}/block*"):
             trained = network(run, data, palette, name)
             model = getattr(trained.model, "encoder", trained.model)  # a classifier's own network
-            run.record(rows, partial(probe_blocks, run, model, rows), data.train, data.test,
-                       after=[trained])
-    for row in run.wants("supervised-color", "supervised-l", "*/finetuned", "supervised-l/labels*",
-                         "full/finetuned/labels*"):
+            measure = partial(probe_blocks, run, model, rows)
+            run.record(rows, measure, data.train, data.test, after=[trained])
+    for row in run.wants("supervised-color", "supervised-l", "supervised-l/labels*",
+                         "full/finetuned*"):
         if not evaluate.enough_labels(data.train.labels, row):
             run.record(row, None)  # leaves the row out
             continue
@@ -542,45 +543,25 @@ def reproduce(run):
 # ---- Figures ----
 
 def figures(run, data, palette):
-    """Test images in grey, by l2, class and full, and as they are: twelve fixed ones, and six that
-    full gets best and six worst, by its error over that of grey; six at falling temperatures."""
-    models = {name: network(run, data, palette, name).model
-              for name in ("grey", "l2", "class", "full", "truth")}
-    colorizers = {name: make_colorizer(run, data, palette, name, models[name]) for name in models}
-    some = torch.linspace(0, len(data.test) - 1, min(1000, len(data.test))).long()
-    twelve = some[torch.linspace(0, len(some) - 1, min(12, len(some))).long()]
-    ratios = []
-    for images, _ in data.test.batches(some.split(100)):
-        lab = rgb_to_lab(images)
-        grey, full = ((colorizers[name](lab) - lab[:, 1:]).square().sum(1).sqrt().mean((1, 2))
-                      for name in ("grey", "full"))
-        ratios.append(torch.where(is_colored(lab[:, 1:]), full / grey, math.nan))
-    ratios = torch.cat(ratios).cpu()
-    ranking = some[ratios.argsort()][:int(ratios.isfinite().sum())]  # images without colours: last
+    """Twelve test images in grey, by the networks FIGURED and as they are; six at falling
+    temperatures; the bins in the ab plane, brighter the more frequent they are."""
+    names = ("grey", *FIGURED, "truth")
+    models = {name: network(run, data, palette, name).model for name in names}
+    colorizers = [make_colorizer(run, data, palette, name, models[name]) for name in names]
     falling = [partial(network_colors, run.autocast, models["full"], temperature)
                for temperature in (1.0, 0.77, 0.58, 0.38, 0.29, 0.14, 0.01)]
-    for name, chosen, methods, columns in (
-            ("pictures", twelve, colorizers.values(), 10), ("temperature", twelve[:6], falling, 7),
-            ("best_and_worst", torch.cat([ranking[:6], ranking[-6:]]), colorizers.values(), 10)):
+    twelve = torch.linspace(0, len(data.test) - 1, min(12, len(data.test))).long()
+    for name, chosen, methods, columns in (("pictures", twelve, colorizers, 10),
+                                           ("temperature", twelve[:6], falling, 7)):
         images, _ = next(data.test.batches([chosen]))
-        pictures = torch.stack([recolor(images, method) for method in methods], 1).flatten(0, 1)
-        file = run.suite / f"{run.paper}_{name}.png"
-        save_image(pictures.float() / 255, file, nrow=columns, padding=1)
-    figure_of_bins(run, palette)
-
-
-def figure_of_bins(run, palette):
-    """The bins' colours in the ab plane, and their frequencies: black, the rarest, to red."""
-    bins, frequency = palette.bins.cpu(), palette.prior.cpu().log()
-    rows, columns = ((bins + 120) / run.config.step).round().long().unbind(1)
-    panels = torch.full((2, 3, *[240 // run.config.step + 1] * 2), 0.5)
-    lab = torch.cat([torch.full((len(bins), 1), 60.0), bins], 1)
-    panels[0, :, rows, columns] = lab_to_rgb(lab[:, :, None, None])[:, :, 0, 0].T
-    panels[1, :, rows, columns] = 0
-    frequency -= frequency.min()
-    panels[1, 0, rows, columns] = frequency / frequency.max()
-    panels = F.interpolate(panels, scale_factor=14)
-    save_image(panels, run.suite / f"{run.paper}_bins.png", padding=4)
+        tiles = torch.stack([recolor(images, method) for method in methods], 1).flatten(0, 1) / 255
+        save_image(tiles, run.suite / f"{run.paper}_{name}.png", nrow=columns, padding=1)
+    bins, frequency = palette.bins.cpu(), palette.prior.cpu().log()[:, None]
+    lightness = 15 + 75 * (frequency - frequency.min()) / (frequency.max() - frequency.min())
+    colors = lab_to_rgb(torch.cat([lightness, bins], 1)[:, :, None, None])[:, :, 0, 0]
+    panel, step = torch.full((1, 3, *[240 // run.config.step + 1] * 2), 0.5), run.config.step
+    panel[0][:, *((bins + 120) / step).round().long().unbind(1)] = colors.T
+    save_image(F.interpolate(panel, scale_factor=14), run.suite / f"{run.paper}_bins.png")
 
 
 # ---- Parts that the method calls: crops, colour arithmetic, AlexNet, rescaling ----
@@ -588,14 +569,12 @@ def figure_of_bins(run, palette):
 def crop_and_flip(images, generator, size):
     """(N,C,H,W) -> (N,C,size,size): a random crop of each, mirrored in half of the cases."""
     count, device = len(images), images.device
-    top, left = (torch.rand(count, 1, generator=generator, device=device) * (side - size + 1)
+    top, left = ((torch.rand(count, generator=generator, device=device) * (side - size + 1)).long()
                  for side in images.shape[-2:])
-    flip = torch.rand(count, 1, generator=generator, device=device) < 0.5
-    window = torch.arange(size, device=device)
-    rows = top.long() + window  # (N, size)
-    columns = left.long() + torch.where(flip, size - 1 - window, window)
-    samples = torch.arange(count, device=device)[:, None, None]
-    return images[samples, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    flip = torch.rand(count, 1, 1, 1, generator=generator, device=device) < 0.5
+    windows = images.unfold(2, size, 1).unfold(3, size, 1)  # a view: every square of the image
+    crops = windows[torch.arange(count, device=device), :, top, left]
+    return torch.where(flip, crops.flip(3), crops)
 
 
 @lru_cache(maxsize=None)
@@ -607,20 +586,42 @@ def xyz_matrices(device, dtype):
     return matrix.to(device, dtype), matrix.inverse().to(device, dtype)
 
 
+@lru_cache(maxsize=None)
+def linear_levels(device):
+    """(256,) float32: linear RGB of every byte."""
+    return linear_rgb(torch.arange(256, dtype=torch.float64) / 255).float().to(device)
+
+
+def linear_rgb(rgb):
+    """sRGB -> linear RGB, in proportion to light: floats in 0..1 in float64, since colours multiply
+    errors; bytes by a table, as float32."""
+    if rgb.dtype == torch.uint8:
+        return linear_levels(rgb.device).index_select(0, rgb.flatten().int()).view(rgb.shape)
+    rgb = rgb.double()
+    return torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+
+
+def perceived(xyz):
+    """XYZ relative to white -> how strong it looks, 0 to 1: a cube root above a straight line."""
+    return torch.where(xyz > 0.008856, xyz ** (1 / 3), 7.787 * xyz + 16 / 116)
+
+
 def rgb_to_lab(rgb):
-    """(N,3,H,W) sRGB -> CIE Lab under D65: L in 0..100, a and b in about -108..98.  Floats in 0..1
-    are computed in float64, since the way back multiplies errors; bytes quickly, to 1e-3."""
-    by_table = rgb.dtype == torch.uint8
-    levels = torch.arange(256, dtype=torch.float64, device=rgb.device) / 255
-    values = levels if by_table else rgb.double()
-    linear = torch.where(values > 0.04045, ((values + 0.055) / 1.055) ** 2.4, values / 12.92)
-    if by_table:
-        linear = linear.float().index_select(0, rgb.flatten().int()).view(rgb.shape)
+    """(N,3,H,W) sRGB -> CIE Lab under D65: L in 0..100, a and b in about -108..98.  Floats lie in
+    0..1; bytes are quicker, and right to 1e-3."""
+    linear = linear_rgb(rgb)
     with torch.autocast(rgb.device.type, enabled=False):  # bfloat16 would be off by several a or b
         xyz = torch.einsum("ij,njhw->nihw", xyz_matrices(rgb.device, linear.dtype)[0], linear)
-    x, y, z = torch.where(xyz > 0.008856, xyz ** (1 / 3), 7.787 * xyz + 16 / 116).unbind(1)
-    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1).to(
-        torch.float32 if by_table else rgb.dtype)
+    x, y, z = perceived(xyz).unbind(1)
+    lab = torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
+    return lab if rgb.dtype == torch.uint8 else lab.to(rgb.dtype)
+
+
+def lightness(rgb):
+    """(N,3,H,W) -> (N,1,H,W): the L of rgb_to_lab, at a third of the cost."""
+    linear = linear_rgb(rgb)
+    weights = xyz_matrices(rgb.device, linear.dtype)[0][1].view(3, 1, 1)
+    return 116 * perceived((linear * weights).sum(1, keepdim=True)) - 16
 
 
 def lab_to_rgb(lab):
@@ -649,15 +650,15 @@ def candidate_bins(bins, neighbors, cell=2.0):
 def nearest_bins(ab, bins, neighbors, candidates=None):
     """(N,2,H,W) -> squared distances (N,H,W,k), rising, and indices (N,H,W,k) of the nearest bins.
     candidates: candidate_bins(bins, k or more), which saves most of the work."""
-    points = ab.permute(0, 2, 3, 1).flatten(0, 2)  # (M, 2)
-    near = torch.arange(len(bins), device=ab.device).expand(len(points), -1)
+    points = ab.permute(0, 2, 3, 1)  # (N, H, W, 2)
+    near = torch.arange(len(bins), device=ab.device).expand(*points.shape[:3], -1)
     if candidates is not None:
         side = len(candidates)
-        near = candidates[((points + 128) * (side / 256)).long().clamp(0, side - 1).unbind(1)]
-    squares = (points[:, None] - F.embedding(near, bins)).square().sum(2)  # (M, C)
-    squares, chosen = squares.topk(neighbors, dim=1, largest=False)
-    shape = (len(ab), *ab.shape[2:], neighbors)
-    return squares.view(shape), near.gather(1, chosen).view(shape)
+        row, column = ((points + 128) * (side / 256)).long().clamp(0, side - 1).unbind(3)
+        near = F.embedding(side * row + column, candidates.flatten(0, 1))  # (N, H, W, C)
+    squares = (points.unsqueeze(3) - F.embedding(near, bins)).square().sum(4)  # (N, H, W, C)
+    squares, chosen = squares.topk(neighbors, dim=3, largest=False)
+    return squares, near.gather(3, chosen)
 
 
 def enlarge(maps, seen, size):

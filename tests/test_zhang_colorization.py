@@ -107,9 +107,14 @@ def test_white_black_grey_and_red():
 
 
 # Encoding and decoding
+def dense(nearest, shares):
+    """(N,H,W,k) both, as training has them -> the distribution over all colours (N,313,H,W)."""
+    return torch.zeros(*shares.shape[:3], 313).scatter_(3, nearest, shares).permute(0, 3, 1, 2)
+
+
 def encode_fast(ab, neighbors, candidates):
     """As training encodes."""
-    return zhang.soft_encode(ab, BINS, nearest=zhang.nearest_bins(ab, BINS, neighbors, candidates))
+    return dense(*zhang.neighbor_shares(ab, BINS, neighbors, candidates=candidates))
 
 
 @pytest.mark.parametrize("neighbors,top,entropy,mean", [(5, 0.6488, 1.135, 1.26), (10, 0.6192, 1.333, 1.44)])
@@ -239,16 +244,16 @@ def test_mirrored_images_have_mirrored_targets():
     assert torch.equal(turned[0], plain[0].flip(3))
     ab = zhang.rgb_to_lab(zhang.crop_and_flip(images, generator(3), 32))[:, 1:].flip(3)[..., ::4, ::4]
     assert torch.equal(turned[1], ab)
-    torch.testing.assert_close(turned[2], zhang.soft_encode(ab, BINS))
+    torch.testing.assert_close(dense(*turned[2:4]), zhang.soft_encode(ab, BINS))
 
 
 @pytest.mark.parametrize("loss", ["classification", "l2"])
 def test_a_grey_image_gives_no_gradient(loss):
     images = some_images(3)
     images[1] = images[1, :1]
-    _, ab, encoded, weights = zhang.make_examples(images, generator(), some_config(), some_palette(), torch.ones(313))
-    scores = torch.randn((ab if loss == "l2" else encoded).shape, generator=generator(2), requires_grad=True)
-    made = zhang.regression_loss(scores, ab, (weights > 0).float()) if loss == "l2" else zhang.classification_loss(scores, encoded, weights)
+    _, ab, *targets, weights = zhang.make_examples(images, generator(), some_config(), some_palette(), torch.ones(313))
+    scores = torch.randn(3, 2 if loss == "l2" else 313, *ab.shape[2:], generator=generator(2), requires_grad=True)
+    made = zhang.regression_loss(scores, ab, (weights > 0).float()) if loss == "l2" else zhang.classification_loss(scores, *targets, weights)
     (gradient,) = torch.autograd.grad(made["loss"], scores)
     assert [bool(each.any()) for each in gradient] == [True, False, True]
 
@@ -284,8 +289,9 @@ def test_rebalanced_auc_weighs_each_pixel_by_its_true_colors_rarity():
     miss = torch.tensor([0.0, 30.0]).view(1, 1, 1, 2).repeat(1, 1, 16, 8)
     measures = zhang.color_measures("x", lambda lab: true + torch.cat([miss, 0 * miss], 1), palette, Resident(rgb, torch.zeros(1)))
     assert measures["x/auc-raw"] == pytest.approx(100 * (1 - 0.5 * 30 / 150), abs=0.01)
-    rare, common = 1 / 0.1, 1 / 0.9
-    assert measures["x/auc-rebalanced"] == pytest.approx(100 * (1 - rare / (rare + common) * 30 / 150), abs=0.1)
+    for kind, mix in (("rebalanced", 0), ("bounded", 0.5)):  # bounded: the weights that train the full network
+        rare, common = (1 / ((1 - mix) * share + mix / 313) for share in (0.1, 0.9))
+        assert measures[f"x/auc-{kind}"] == pytest.approx(100 * (1 - rare / (rare + common) * 30 / 150), abs=0.1)
 
 
 def some_palette():
@@ -334,11 +340,14 @@ def test_only_the_full_method_weighs_colors(tmp_path):
 
 def test_targets_are_every_fourth_pixel_of_a_mirrored_crop():
     images, config = some_images(40, 48), some_config(crop_size=32, image_size=48)
-    lightness, ab, encoded, weights = zhang.make_examples(images, generator(5), config, some_palette(), torch.arange(313.0))
+    lightness, ab, *targets, weights = zhang.make_examples(images, generator(5), config, some_palette(), torch.arange(313.0))
     crops = zhang.crop_and_flip(images, generator(5), 32)
     lab = zhang.rgb_to_lab(crops)
-    assert lightness.shape == (40, 1, 32, 32) and encoded.shape == (40, 313, 8, 8) and torch.equal(ab, lab[:, 1:, ::4, ::4])
+    encoded = dense(*targets)
+    assert lightness.shape == (40, 1, 32, 32) and encoded.shape == (40, 313, 8, 8)
+    torch.testing.assert_close(ab, lab[:, 1:, ::4, ::4])
     torch.testing.assert_close(lightness, lab[:, :1] - 50)
+    torch.testing.assert_close(encoded, zhang.soft_encode(ab, BINS), atol=1e-6, rtol=0)
     assert torch.equal(weights, encoded.argmax(1).float())
     mirrored = 0
     for image, crop in zip(images, crops):
@@ -349,28 +358,55 @@ def test_targets_are_every_fourth_pixel_of_a_mirrored_crop():
     assert 8 < mirrored < 32
 
 
+def test_the_sparse_loss_is_the_dense_one_and_has_its_gradient():
+    ab, weights = some_ab(3, 16), torch.rand(3, 16, 16, generator=generator(1)) * 5
+    weights[1] = 0  # an image without colours
+    scores = 3 * torch.randn(3, 313, 16, 16, generator=generator(2))
+    one, other = scores.clone().requires_grad_(), scores.double().requires_grad_()
+    made = zhang.classification_loss(one, *zhang.neighbor_shares(ab, BINS, 5, 5.0, zhang.candidate_bins(BINS, 5)), weights)
+    entropies = -(other.log_softmax(1) * zhang.soft_encode(ab, BINS)).sum(1)
+    plain = (weights * entropies).mean()
+    assert float(made["loss"].detach()) == pytest.approx(float(plain.detach()), rel=1e-5)
+    assert float(made["cross_entropy"].detach()) == pytest.approx(float(entropies[[0, 2]].mean().detach()), rel=1e-5)
+    (gradient,), (expected,) = torch.autograd.grad(made["loss"], one), torch.autograd.grad(plain, other)
+    torch.testing.assert_close(gradient.double(), expected, atol=1e-8, rtol=1e-3)
+
+
 def test_loss_starts_at_a_guess_and_stays_above_the_targets_entropy():
     model, ab = some_network(), some_ab(4, 8)
-    encoded = zhang.soft_encode(ab, BINS)
+    encoded, targets = zhang.soft_encode(ab, BINS), zhang.neighbor_shares(ab, BINS)
     scores = model(torch.randn(4, 1, 32, 32, generator=generator()))
     assert scores.shape == (4, 313, 8, 8)
-    losses = zhang.classification_loss(scores, encoded, torch.ones(4, 8, 8))
+    losses = zhang.classification_loss(scores, *targets, torch.ones(4, 8, 8))
     assert float(losses["loss"].detach()) == pytest.approx(math.log(313), abs=1e-5)
-    best = zhang.classification_loss(encoded.clamp_min(1e-30).log(), encoded, torch.ones(4, 8, 8))["loss"]
+    best = zhang.classification_loss(encoded.clamp_min(1e-30).log(), *targets, torch.ones(4, 8, 8))["loss"]
     assert float(best) == pytest.approx(float(torch.special.entr(encoded).sum(1).mean()), abs=1e-4)
     for scale in (0.1, 1, 10):
         guess = encoded.clamp_min(1e-30).log() + scale * torch.randn(encoded.shape, generator=generator(1))
-        assert zhang.classification_loss(guess, encoded, torch.ones(4, 8, 8))["loss"] > best + 1e-4
+        assert zhang.classification_loss(guess, *targets, torch.ones(4, 8, 8))["loss"] > best + 1e-4
 
 
 def test_a_pixels_gradient_is_multiplied_by_its_weight():
     scores = torch.randn(2, 313, 3, 3, generator=generator(), requires_grad=True)
-    encoded, weights = zhang.soft_encode(some_ab(2, 3), BINS), torch.rand(2, 3, 3, generator=generator(1))
+    targets, weights = zhang.neighbor_shares(some_ab(2, 3), BINS), torch.rand(2, 3, 3, generator=generator(1))
     weights[1, 2, 2] = 0
-    plain, weighted = (torch.autograd.grad(zhang.classification_loss(scores, encoded, each)["loss"], scores)[0]
+    plain, weighted = (torch.autograd.grad(zhang.classification_loss(scores, *targets, each)["loss"], scores)[0]
                        for each in (torch.ones(2, 3, 3), weights))
     torch.testing.assert_close(weighted, weights[:, None] * plain)
     assert not weighted[1, :, 2, 2].any()
+
+
+def test_regression_begins_from_the_full_network(tmp_path):
+    """At a rate of next to nothing it ends where full did; only its last layer is its own."""
+    split = Resident(some_images(32), torch.zeros(32, dtype=torch.int64))
+    data = ImageSet("x", split, split, 2)
+    for rate in (1e-3, 1e-12):
+        run = some_run(tmp_path / str(rate), batch_size=8, pretext_epochs=1, pretext_rate=rate, finetuning_epochs=0.5)
+        palette = zhang.make_palette(run, split)
+        full, l2 = (zhang.network(run, data, palette, name) for name in ("full", "l2-finetuned"))
+        assert l2.steps == 2 and l2.model(torch.zeros(1, 1, 32, 32)).shape == (1, 2, 8, 8)
+        moved = [float((one - other).detach().abs().max()) for one, other in zip(l2.model.blocks.parameters(), full.model.blocks.parameters())]
+        assert (max(moved) > 1e-5) == (rate == 1e-3) and l2.model.architecture[2] == 1
 
 
 # Networks
@@ -457,12 +493,12 @@ def test_every_kind_of_row_runs_and_keeps_to_deterministic_operations(tmp_path, 
         return wants(run, *globs)
 
     monkeypatch.setattr(trainer.Run, "wants", wants_of_all_rows)
-    rows = ["grey/auc-raw", "random-colors/auc-rebalanced", "prior-mode/auc-raw", "l2/chroma-ratio", "l2/auc-raw", "class/auc-raw",
-            "full/auc-raw", "prior/cross-entropy", "full/cross-entropy", "truth/semantic", "full/semantic", "full/block7/linear",
-            "random/block1/linear", "supervised-color/block4/linear", "full/block4/labels5", "supervised-l/labels5",
-            "full/finetuned/labels5", "full/finetuned/labels100", "alexnet/block5/linear", "alexnet-random/block1/linear"]
+    rows = ["grey/auc-raw", "random-colors/auc-rebalanced", "prior-mode/auc-raw", "l2/chroma-ratio", "l2/auc-rebalanced", "l2-finetuned/auc-bounded",
+            "class/auc-rebalanced", "full/auc-rebalanced", "full/auc-raw", "prior/cross-entropy", "full/cross-entropy", "truth/semantic", "full/semantic", "full/block7/linear",
+            "random/block1/linear", "supervised-l/block4/linear", "full/block4/labels20", "supervised-l/labels20",
+            "full/finetuned/labels20", "full/finetuned/labels100", "alexnet/block5/linear", "alexnet-random/block1/linear"]
     assert zhang.main(["--scale", "smoke", "--rows", ",".join(rows), "--set", f"dataset=folder:{root}", "--set", "batch_size=8",
-                       *(word for name in ("pretext", "supervised", "label") for word in ("--set", f"{name}_epochs=0.5")),
+                       *(word for name in ("pretext", "finetuning", "supervised") for word in ("--set", f"{name}_epochs=0.5")),
                        "--device", "cpu", *folders]) == 0
     assert len(graphs) > 15 and not graphs.offenders()
     (path,) = (tmp_path / "results").rglob("zhang_colorization.jsonl")
@@ -471,14 +507,14 @@ def test_every_kind_of_row_runs_and_keeps_to_deterministic_operations(tmp_path, 
     assert 1.1 < records["prior/cross-entropy"]["value"] < math.log(313) and records["full/cross-entropy"]["history"]["cross_entropy"]
     assert records["full/cross-entropy"]["value"] > 1.1 and records["grey/auc-raw"]["steps"] == 0
     names = {path.name for path in path.parent.iterdir()}
-    assert {f"zhang_colorization_{name}.png" for name in ("pictures", "temperature", "best_and_worst", "bins")} <= names
+    assert {f"zhang_colorization_{name}.png" for name in ("pictures", "temperature", "bins")} <= names
 
 
 def test_two_ranks_equal_one(tmp_path, one_and_two_ranks, write_packed):
     write_packed(tmp_path, train=192, test=20)
     ((one, two),) = one_and_two_ranks(zhang, "--scale", "smoke", "--data", str(tmp_path), "--rows", "full/auc-raw", "--set",
-                                      "dataset=cifar10", "--set", "precision=float32", "--set", "pretext_epochs=1", "--set",
-                                      "rescaled=true").values()
+                                      "dataset=cifar10", "--set", "precision=float32", "--set", "pretext_epochs=1", "--set", "shards=2",
+                                      "--set", "rescaled=true").values()
     for name in ("blocks.0.0.weight", "blocks.6.0.weight", "head.0.weight"):
         torch.testing.assert_close(two[name], one[name], atol=2e-3, rtol=1e-2)  # Adam's steps are 1e-3 whatever the gradient
     last = "head.4.weight"  # zero before
