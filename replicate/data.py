@@ -119,8 +119,8 @@ def load(name, root, device, size=None, streamed=None):
     """Load an image set.
 
     name: cifar10, mnist, usps, svhn, stl10; imagenette, imagenet (folders under the root);
-    embedded, embedded-digits, embedded-digits-blended (drawn by the code); folder:DIR with
-    train/<class>/ and test/<class>/ (or val/).
+    mnist-m (as its authors released it); embedded, embedded-digits, embedded-digits-blended (drawn
+    by the code); folder:DIR with train/<class>/ and test/<class>/ (or val/).
     size: side in pixels for files of any shape (shorter side resized, centre cropped); packed sets
     have their own.
     streamed: None keeps a folder on the device when it takes less than a quarter of the memory.
@@ -134,8 +134,11 @@ def load(name, root, device, size=None, streamed=None):
     elif name in PACKED:
         arrays = _packed(root / "packed" / f"{name}.npz", _keys(name), *PACKED[name][:2],
                          lambda: _from_torchvision(name, root))
+    elif name == "mnist-m":
+        arrays = _packed(root / "packed" / "mnist-m-released.npz", KEYS[:4], 10, (32, 32, 3),
+                         lambda: _released_mnist_m(root / "mnist_m"))
     else:
-        known = ", ".join((*PACKED, "imagenette", "imagenet", *DRAWN, "folder:DIR"))
+        known = ", ".join((*PACKED, "mnist-m", "imagenette", "imagenet", *DRAWN, "folder:DIR"))
         raise InputError(f"unknown data set '{name}'; known: {known}")
     return _resident(name, arrays, device)
 
@@ -166,7 +169,7 @@ KEYS = ("x_train", "y_train", "x_test", "y_test", "x_unlabeled")
 RAW = {"cifar10": "cifar-10-batches-py", "mnist": "MNIST/raw", "usps": "usps.bz2",
        "svhn": "train_32x32.mat", "stl10": "stl10_binary"}
 COUNTS = {"cifar10": (50000, 10000), "mnist": (60000, 10000), "usps": (7291, 2007),
-          "svhn": (73257, 26032), "stl10": (5000, 8000)}
+          "svhn": (73257, 26032), "stl10": (5000, 8000), "mnist-m": (59001, 9001)}
 
 
 def _keys(name):
@@ -322,7 +325,9 @@ def on_disk(root):
     """The names of the sets that lie in a data root, packed or as they were published."""
     names = [name for name in PACKED
              if (root / "packed" / f"{name}.npz").exists() or (root / RAW[name]).exists()]
-    return names + [name for name in ("imagenette", "imagenet") if _folder(name, root)]
+    names += [name for name in ("imagenette", "imagenet") if _folder(name, root)]
+    released = "packed/mnist-m-released.npz", "mnist_m/mnist_m_train_labels.txt"
+    return names + ["mnist-m"] * any((root / file).exists() for file in released)
 
 
 DRAWN = {
@@ -344,6 +349,26 @@ def _draw(name, size):
     for count, seed in ((10000, 0), (2000, 1)):
         images, labels = DRAWN[name](count, seed, size)
         arrays += [images.permute(0, 2, 3, 1).numpy(), labels.numpy().astype(np.uint8)]
+    return arrays
+
+
+def _released_mnist_m(folder):
+    """The arrays of MNIST-M as released: pictures of 32 x 32 pixels in mnist_m_<part>/, and
+    mnist_m_<part>_labels.txt with lines such as `00000000.png 5`."""
+    print(f"decoding the MNIST-M in {folder}", flush=True)
+    arrays = []
+    for part, count in zip(("train", "test"), COUNTS["mnist-m"]):
+        try:
+            words = (folder / f"mnist_m_{part}_labels.txt").read_text().split()
+            files = [folder / f"mnist_m_{part}" / name for name in words[::2]]
+            with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
+                images = torch.stack(list(pool.map(decode, files))).permute(0, 2, 3, 1).numpy()
+            arrays += [images, np.array(words[1::2], np.int64)]
+            if images.shape != (count, 32, 32, 3) or len(words) != 2 * count:
+                raise ValueError(f"{len(images)} pictures in mnist_m_{part} where it has {count}")
+        except (OSError, ValueError, RuntimeError, UnicodeDecodeError) as error:
+            raise InputError(f"no whole MNIST-M as released in {folder} ({_line(error)}): complete "
+                             "it, or move it away") from None
     return arrays
 
 
