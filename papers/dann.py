@@ -170,9 +170,9 @@ def domain_loss(source_scores, target_scores):
     return F.softplus(source_scores).mean() + F.softplus(-target_scores).mean()
 
 
-# What lambda is multiplied by.  With 0 the domain head cannot move the features; with -1 they help
-# it, as they would without the reversal layer.
-REVERSALS = {"dann": 1, "strength0": 0, "no-reversal": -1}
+# What lambda is multiplied by: with -1 the features help the domain head, as they would without the
+# reversal layer.
+REVERSALS = {"dann": 1, "no-reversal": -1}
 
 
 def adaptation_losses(model, source, target, labels, method, strength):
