@@ -363,10 +363,12 @@ def _released_mnist_m(folder):
             files = [folder / f"mnist_m_{part}" / name for name in words[::2]]
             with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:
                 images = torch.stack(list(pool.map(decode, files))).permute(0, 2, 3, 1).numpy()
+            if (images.shape != (count, 32, 32, 3) or len(words) != 2 * count
+                    or {*words[1::2]} - {*"0123456789"}):
+                raise ValueError(f"its {part} part is not {count} pictures of 32 x 32 and a digit "
+                                 "for each")
             arrays += [images, np.array(words[1::2], np.int64)]
-            if images.shape != (count, 32, 32, 3) or len(words) != 2 * count:
-                raise ValueError(f"{len(images)} pictures in mnist_m_{part} where it has {count}")
-        except (OSError, ValueError, RuntimeError, UnicodeDecodeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # of a stack: pictures of other sizes
             raise InputError(f"no whole MNIST-M as released in {folder} ({_line(error)}): complete "
                              "it, or move it away") from None
     return arrays

@@ -327,8 +327,8 @@ def test_the_released_set_is_found_decoded_once_and_brought_to_28_pixels(tmp_pat
 
 
 @pytest.mark.parametrize("damage,message", [
-    ("fewer", "9 pictures in mnist_m_train where it has 10"), ("missing", "cannot be read"),
-    ("labels", "No such file"), ("rubbish", "invalid literal")])
+    ("fewer", "its train part is not 10 pictures"), ("missing", "cannot be read"),
+    ("labels", "No such file"), ("rubbish", "its train part is not 10 pictures"), ("size", "sizes?")])
 def test_a_released_set_that_is_not_whole_gets_one_line(tmp_path, monkeypatch, damage, message):
     monkeypatch.setitem(image_data.COUNTS, "mnist-m", (10, 10))
     write_released(tmp_path, enlarged(some_images(10, 1)), range(10))
@@ -339,6 +339,8 @@ def test_a_released_set_that_is_not_whole_gets_one_line(tmp_path, monkeypatch, d
         (tmp_path / "mnist_m" / "mnist_m_test" / "00000003.png").unlink()
     elif damage == "labels":
         (tmp_path / "mnist_m" / "mnist_m_test_labels.txt").unlink()
+    elif damage == "size":
+        Image.new("RGB", (28, 28)).save(tmp_path / "mnist_m" / "mnist_m_train" / "00000003.png")
     else:
         labels.write_text(labels.read_text().replace("png 3", "png three"))
     with pytest.raises(InputError, match=message) as caught:
