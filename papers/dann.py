@@ -14,11 +14,11 @@ lambda grows from 0 to 1 while the learning rate falls.  Of the methods compared
 train-on-target and finetuned10 learn from labels of the target.
 
 Deviations from the paper
-1. MNIST-M is made here, seeded, from all of MNIST: digits at their own size, train digits on
-   BSDS500's train images, test digits on its val images.  The set that the authors released (59,001
-   and 9,001 images of 32 x 32) has digits enlarged from 28 to 30 pixels: rows mnist-released-*
-   resize it to 28, cut out its middle 28, or bring its digits back to 28.  As some ports do, two
-   more pairs binarise the digits, or put test digits on train backgrounds.
+1. MNIST-M is made here, seeded, from all of MNIST: train digits on BSDS500's train images, test
+   digits on its val images.  The set that the authors released (59,001 and 9,001 images) has a rim
+   of 2 pixels around MNIST's 28, and its digits were black and white before blending.  Rows
+   mnist-released-* resize it, cut out its middle, or do this with a black and white source, too.
+   Two more pairs are ours with digits in black and white, and with test digits on train pictures.
 2. The paper gives no number of steps: 40,000 at scale full; six times as many for SVHN -> MNIST,
    where 150 epochs (172,000 steps) bring little.  Initialisation is torch's default.
 3. Digits: convolutions without padding; the paper does not say.  SVHN and signs: padded, without
@@ -28,10 +28,8 @@ Deviations from the paper
 5. Proxy A-distance: the official code takes the best test error over the SVM's penalties; ours
    chooses its penalty on a slice of the half that it is trained on.
 6. USPS (20 pixels in a border of 4, as MNIST's digits), the controls and finetuned10 are ours.
-7. Left out: Office-31, which starts from a network trained on labels.  The shallow network of the
-   same paper, its moons and Amazon reviews are in dann_shallow.py.
-8. Training multiplies in bfloat16 (float32: a step takes twice as long on a CPU that has both).
-   Scale small trains for less: only claims are comparable.
+7. Left out: Office-31.  The shallow network, its moons and Amazon reviews are in dann_shallow.py.
+8. Training multiplies in bfloat16 (float32 takes twice as long on a CPU).  Scale small trains less.
 
 Run:  python -m papers.dann --scale small   (MNIST, USPS; two CPU cores: 20 minutes a seed)
       python -m papers.dann --rows 'own/*' --set source=folder:A --set target=folder:B
@@ -170,8 +168,7 @@ def domain_loss(source_scores, target_scores):
     return F.softplus(source_scores).mean() + F.softplus(-target_scores).mean()
 
 
-# What lambda is multiplied by: with -1 the features help the domain head, as they would without the
-# reversal layer.
+# What lambda is multiplied by: with -1 features help the domain head, as without a reversal layer.
 REVERSALS = {"dann": 1, "no-reversal": -1}
 
 
@@ -188,8 +185,7 @@ def adaptation_losses(model, source, target, labels, method, strength):
     if not adapts:
         return {"loss": label, "label": label}
     turned = reverse_gradient(features, strength * REVERSALS[method])
-    domain_scores = model.domain_head(turned).float()
-    domain = domain_loss(domain_scores[:count], domain_scores[count:])
+    domain = domain_loss(*model.domain_head(turned).float().tensor_split([count]))
     return {"loss": label + domain, "label": label, "domain": domain}
 
 
@@ -204,9 +200,9 @@ PAIRS = {  # name -> source set, target set, layers of the network, side of the 
     "mnist-mnistm": ("mnist", "mnist-m", digit_layers, 28),
     "mnist-binarised": ("mnist", "mnist-m binarised", digit_layers, 28),
     "mnist-sharedbackgrounds": ("mnist", "mnist-m sharedbackgrounds", digit_layers, 28),
-    "mnist-released-resized": ("mnist", "released 0", digit_layers, 28),  # 0, 1 or 2 of 32 pixels
-    "mnist-released-digit28": ("mnist", "released 1", digit_layers, 28),  # are cut off each side,
-    "mnist-released-middle": ("mnist", "released 2", digit_layers, 28),  # the rest is resized to 28
+    "mnist-released-resized": ("mnist", "released", digit_layers, 28),
+    "mnist-released-middle": ("mnist", "released middle", digit_layers, 28),
+    "mnist-released-binarised": ("mnist binarised", "released middle", digit_layers, 28),
     "mnist-usps": ("mnist", "usps", digit_layers, 28),
     "usps-mnist": ("usps", "mnist", digit_layers, 28),
     "svhn-mnist": ("svhn", "mnist", svhn_layers, 32),
@@ -394,6 +390,11 @@ def blend_digits(digits, patches):
     return (patches.short() - digits.short()).abs().to(torch.uint8)  # uint8 would wrap around
 
 
+def binarise(digits):
+    """uint8 digits of any shape in black and white: all that is not black becomes white."""
+    return 255 * digits.gt(0).byte()
+
+
 def cut_backgrounds(pictures, count, side, generator):
     """(count,3,side,side) from random places of random pictures, a list of (3,H,W) uint8."""
     chosen = torch.randint(len(pictures), (count,), generator=generator)
@@ -419,8 +420,7 @@ def make_mnist_m(run, mnist, variant=""):
     splits = []
     for part, split, pictures in zip(("train", "test"), (mnist.train, mnist.test), backgrounds):
         digits, generator = split.images.cpu(), trainer.stream(0, f"mnist-m/{part}")
-        if variant == "binarised":
-            digits = 255 * digits.gt(0).byte()
+        digits = binarise(digits) if variant == "binarised" else digits
         patches = cut_backgrounds(pictures, len(digits), digits.shape[-1], generator)
         blended = blend_digits(digits, patches).to(run.device)
         splits.append(image_data.Resident(blended, split.labels))
@@ -443,12 +443,13 @@ def load_set(run, name, side):
     elif kind == "mnist-m":
         loaded = make_mnist_m(run, run.load("mnist"), *variant)
     elif kind == "released":
-        loaded, cut = run.load("mnist-m", called="mnist-m as released"), int(variant[0])
+        loaded, cut = run.load("mnist-m", called="mnist-m as released"), 2 * len(variant)
     else:
-        loaded, border = run.load(name), 4 if name == "usps" else 0  # as around MNIST's digits
+        loaded, border = run.load(kind), 4 if kind == "usps" else 0  # as around MNIST's digits
     for split in (loaded.train, loaded.test):
+        images = binarise(split.images) if name == "mnist binarised" else split.images
         parts = [F.interpolate(part.float(), side - 2 * border, mode="bilinear", antialias=True)
-                 for part in F.pad(split.images, 4 * [-cut]).split(5000)]
+                 for part in F.pad(images, 4 * [-cut]).split(5000)]
         images = torch.cat([part.round().byte() for part in parts])
         split.images = F.pad(images, 4 * [border]).expand(-1, 3, -1, -1)
     return loaded

@@ -18,7 +18,6 @@ from replicate import records as run_records
 from replicate import scatter, trainer
 from replicate.classes import CLASSES
 from replicate.data import ImageSet, InputError, Resident
-from replicate.embedded import embedded_digits
 
 DECLARED = run_records.read_declared(dann.__file__)
 PAIR = "mnist-mnistm"
@@ -279,6 +278,8 @@ def test_digits_are_binarised_and_backgrounds_shared_where_asked(tmp_path, write
     for made, red in ((plain, False), (shared, True)):
         where = below.expand(-1, 3, -1, -1)[:, 0]
         assert ((made.test.images[:, 0][where] > 150) == red).all()
+    source = dann.load_set(run, dann.PAIRS["mnist-released-binarised"][0], 28)
+    assert torch.equal(source.train.images, 255 * (digits > 0).byte().expand(-1, 3, -1, -1))
     assert len(set(run.sha256) - {"mnist"}) == len(set(run.sha256.values())) - 1 == 3
 
 
@@ -290,10 +291,28 @@ def test_usps_stands_in_the_frame_of_mnist(tmp_path, write_packed, monkeypatch):
     assert not made[:, :, :4].any() and not made[:, :, 24:].any() and not made[..., :4].any()
 
 
-def enlarged(digits):
-    """As in the released MNIST-M: digits of 28 pixels have 30 and stand in the middle of 32."""
-    large = F.interpolate(digits.float(), 30, mode="bilinear", antialias=True).round().byte()
-    return F.pad(large, (1, 1, 1, 1)).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
+def framed(digits):
+    """(N,C,28,28) -> (N,32,32,3), as in the released MNIST-M: with a rim of 2 pixels."""
+    return F.pad(digits, (2, 2, 2, 2)).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
+
+
+def test_the_released_set_blends_digits_in_black_and_white_with_a_rim_of_two_pixels():
+    """On white backgrounds every pixel of a digit is black, where MNIST's digit is not black, and
+    nowhere else; next to a digit's edge the two sides are each other's inverse in all pictures."""
+    root = image_data.data_root()
+    if not all((root / "packed" / f"{name}.npz").exists() for name in ("mnist-m-released", "mnist")):
+        pytest.skip("no released MNIST-M on this machine")
+    released, mnist = (image_data.load(name, root, "cpu") for name in ("mnist-m", "mnist"))
+    images = released.train.images
+    digits = F.pad(dann.binarise(mnist.train.images[:len(images), 0]), (2, 2, 2, 2))
+    assert torch.equal(released.train.labels, mnist.train.labels[:len(images)])
+    white = ((images == 255) | (digits > 0)[:, None]).flatten(2).all(2)  # the backgrounds' channels
+    assert white.sum() > 30
+    pictures, channels = white.nonzero().T
+    assert torch.equal(images[pictures, channels], 255 - digits[pictures])
+    edge = digits[:3000, :, 1:] != digits[:3000, :, :-1]
+    left, right = (part.float().mean(1)[edge] for part in (images[:3000, ..., :-1], images[:3000, ..., 1:]))
+    assert (left + right - 255).abs().median() < 6 and (left - right).abs().median() > 60
 
 
 def write_released(root, images, digits):
@@ -309,18 +328,17 @@ def write_released(root, images, digits):
 def test_the_released_set_is_found_decoded_once_and_brought_to_28_pixels(tmp_path, monkeypatch):
     monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
     monkeypatch.setitem(image_data.COUNTS, "mnist-m", (10, 10))
-    digits, _ = embedded_digits(10, 0)
-    released = enlarged(digits)
-    write_released(tmp_path, released, range(10))
+    digits = some_images(10, 1)
+    digits[digits < 100] = 0
+    write_released(tmp_path, framed(digits), range(10))
     assert image_data.on_disk(tmp_path) == ["mnist-m"]
     run = some_run(tmp_path, dataset="mnist")
-    resized, restored, middle = (dann.load_set(run, dann.PAIRS[f"mnist-released-{way}"][1], 28)
-                                 for way in ("resized", "digit28", "middle"))
+    resized, middle = (dann.load_set(run, dann.PAIRS[f"mnist-released-{way}"][1], 28)
+                       for way in ("resized", "middle"))
     assert middle.train.labels.tolist() == list(range(10)) and [*run.sha256] == ["mnist-m as released"]
-    assert torch.equal(middle.train.images, released.permute(0, 3, 1, 2)[..., 2:30, 2:30])
-    errors = [float((each.test.images.float() - digits.float()).abs().mean())
-              for each in (restored, resized, middle)]
-    assert errors[0] < 0.75 * min(errors[1:]), errors  # only one has the source's geometry
+    assert torch.equal(middle.train.images, digits.expand(-1, 3, -1, -1))
+    assert resized.test.images.shape == (10, 3, 28, 28)
+    assert not resized.test.images[..., 0].any() and resized.test.images[..., 3].any()  # smaller digits
     monkeypatch.setattr(image_data, "decode", None)
     again = run.load("mnist-m")
     assert again.sha256 == run.sha256["mnist-m as released"]
@@ -331,7 +349,7 @@ def test_the_released_set_is_found_decoded_once_and_brought_to_28_pixels(tmp_pat
     ("labels", "No such file"), ("rubbish", "its train part is not 10 pictures"), ("size", "sizes?")])
 def test_a_released_set_that_is_not_whole_gets_one_line(tmp_path, monkeypatch, damage, message):
     monkeypatch.setitem(image_data.COUNTS, "mnist-m", (10, 10))
-    write_released(tmp_path, enlarged(some_images(10, 1)), range(10))
+    write_released(tmp_path, framed(some_images(10, 1)), range(10))
     labels = tmp_path / "mnist_m" / "mnist_m_train_labels.txt"
     if damage == "fewer":
         labels.write_text("".join(labels.read_text().splitlines(True)[1:]))
@@ -365,7 +383,7 @@ def test_without_the_released_set_its_rows_are_left_out_and_with_it_they_run(
     assert not error and [line for line in out.splitlines() if "left out" in line] == [
         f"mnist-released-*: left out, {tmp_path / 'mnist_m'} does not hold the released set"]
     monkeypatch.setitem(image_data.COUNTS, "mnist-m", (10, 10))
-    write_released(tmp_path, enlarged(some_images(10, 1)), range(10))
+    write_released(tmp_path, framed(some_images(10, 1)), range(10))
     assert dann.main(arguments) == 0 and len(rows()) == 8
 
 
