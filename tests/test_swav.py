@@ -1,6 +1,7 @@
 """The invariants of the SwAV paper, cheap ones first; the last tests train tiny networks, stop and resume them, on one rank and on
 two."""
 import argparse
+import collections
 import copy
 import json
 import math
@@ -16,6 +17,7 @@ import torch
 import torchvision
 from conftest import write_folder
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from papers import swav
 from replicate import records, trainer
@@ -397,6 +399,36 @@ def test_rates_of_the_released_recipe():
     assert images // config.batch_size == 312 and round(config.freeze * images / config.batch_size) == 313
     assert round(images / 256) == 5005 and config.warmup * config.pretext_epochs == 10
     assert (config.crop_sizes, config.crop_counts, config.prototypes, config.hidden) == ((224, 96), (2, 6), 3000, 2048)
+
+
+class Seen(TorchDispatchMode):
+    """Counts the operations that run inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.counts[function.overloadpacket.__name__] += 1
+        return function(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("method", ["swav", "simclr"])
+def test_a_step_waits_for_nothing(tmp_path, method):
+    """No number is read from the device, and no tensor is made from a list."""
+    run = some_run(tmp_path, shards=1, method=method, queue=64, freeze=0)
+    model, images = swav.ClusteringNetwork(run.config), some_images(32)
+    optimizer, counts = swav.make_optimizer(run.config, model), []
+    for step in range(2):  # the first one makes the constants
+        with Seen() as seen:
+            z = model(run.augment(swav.make_views, images, "augment", step, config=run.config))
+            loss, scores = swav.swav_loss(model, z, run.config) if method == "swav" else (swav.simclr_loss(z, 0.1), [])
+            optimizer.zero_grad()
+            swav.log_of_step(loss, scores)["loss"].backward()
+            optimizer.step()
+        counts.append(seen.counts)
+    assert not counts[1].keys() & {"_local_scalar_dense", "lift_fresh", "item", "nonzero"}
+    assert sum(counts[1].values()) < 1200  # with LARS tensor by tensor 700 more
 
 
 def test_lars_is_the_slow_reference():
