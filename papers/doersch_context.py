@@ -36,11 +36,10 @@ from typing import Literal
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchvision.utils import make_grid
 
 from replicate import evaluate, trainer
 from replicate.launch import launch
-from replicate.outputs import save_image
+from replicate.outputs import make_grid, save_image
 
 
 @dataclass

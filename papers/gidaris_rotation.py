@@ -34,7 +34,6 @@ from typing import Literal
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchvision.transforms import functional as transforms
 
 from replicate import data as image_data
 from replicate import evaluate, trainer
@@ -113,12 +112,19 @@ def blurred_centre(images):
 
 def even_centre(images):
     """The central square of even side that no corner reaches when it is turned."""
-    side = int(images.shape[-1] / math.sqrt(2)) // 2 * 2
-    return transforms.center_crop(images, [side, side])
+    return centre(images, int(images.shape[-1] / math.sqrt(2)) // 2 * 2)
+
+
+def centre(images, side):
+    """(N,C,S,S) -> (N,C,side,side): the central square."""
+    edge = (images.shape[-1] - side) // 2
+    return images[:, :, edge:edge + side, edge:edge + side]
 
 
 def rotate_eight_ways(images):
     """(N,C,S,S) uint8 -> (images (8N,C,s,s), eighth_turns (8N,)); s = S / sqrt(2)."""
+    from torchvision.transforms import functional as transforms  # its import takes seconds
+
     with torch.autocast(images.device.type, enabled=False):  # bfloat16 would be half a pixel off
         slanted = transforms.rotate(images.float(), 45, transforms.InterpolationMode.BILINEAR)
     slanted = even_centre(slanted).round().to(images.dtype)
@@ -458,7 +464,7 @@ def fit_heads(run, data, name, trunk, make_head, schedule, rows=None, finetune=F
 
 def central_maps(run, model, images):
     """The feature maps at test time: of whole CIFAR-10 images, of the centre of larger ones."""
-    images = transforms.center_crop(images, [run.config.crop_size] * 2)
+    images = centre(images, run.config.crop_size)
     with run.autocast():
         return model.maps(normalize(images, run.config))
 
@@ -477,7 +483,7 @@ def rotation_accuracy(run, model, name, test):
     model, side, (_, degrees) = model.eval(), run.config.crop_size, TRUNKS[name]
     correct = 0
     for images, _ in evaluate.in_order(test, 250):
-        images = transforms.center_crop(images, [side, side])
+        images = centre(images, side)
         images = blurred_centre(images) if name == "rotations4-centre" else images
         rotated, labels = rotate(images, degrees)
         with run.autocast():
@@ -560,8 +566,8 @@ def figures(run, model, test):
     path = run.suite / run.paper
     filters = F.interpolate(model.blocks[0][0][0].weight.detach().contiguous(), scale_factor=8)
     save_image(filters, f"{path}_filters.png", nrow=16, normalize=True, scale_each=True)
-    (images, _), size = next(evaluate.in_order(test, 12)), [run.config.crop_size] * 2
-    images = transforms.center_crop(images, size)
+    images, _ = next(evaluate.in_order(test, 12))
+    images = centre(images, run.config.crop_size)
     columns = [images.float() / 255]
     with torch.no_grad():
         for maps in model.eval().maps(normalize(images, run.config)):

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision import datasets
 
 from replicate import embedded
 from replicate.files import decode, list_classes
@@ -159,11 +158,11 @@ def _resident(name, arrays, device, class_names=()):
 # Packed sets: torchvision downloads and decodes, we keep one file
 TRAIN, SPLIT = ({"train": True}, {"train": False}), ({"split": "train"}, {"split": "test"})
 PACKED = {  # name -> (classes, image shape (H,W,C), torchvision's class, arguments for each part)
-    "cifar10": (10, (32, 32, 3), datasets.CIFAR10, TRAIN),
-    "mnist": (10, (28, 28, 1), datasets.MNIST, TRAIN),
-    "usps": (10, (16, 16, 1), datasets.USPS, TRAIN),
-    "svhn": (10, (32, 32, 3), datasets.SVHN, SPLIT),
-    "stl10": (10, (96, 96, 3), datasets.STL10, (*SPLIT, {"split": "unlabeled"})),
+    "cifar10": (10, (32, 32, 3), "CIFAR10", TRAIN),
+    "mnist": (10, (28, 28, 1), "MNIST", TRAIN),
+    "usps": (10, (16, 16, 1), "USPS", TRAIN),
+    "svhn": (10, (32, 32, 3), "SVHN", SPLIT),
+    "stl10": (10, (96, 96, 3), "STL10", (*SPLIT, {"split": "unlabeled"})),
 }
 KEYS = ("x_train", "y_train", "x_test", "y_test", "x_unlabeled")
 RAW = {"cifar10": "cifar-10-batches-py", "mnist": "MNIST/raw", "usps": "usps.bz2",
@@ -178,9 +177,11 @@ def _keys(name):
 
 def _torchvision(name, root, download):
     """The arrays of _keys(name), all uint8, from torchvision's set, which gives PIL images."""
+    from torchvision import datasets  # whose import takes longer than torch's
+
     arrays = []
     for arguments in PACKED[name][3]:
-        part = PACKED[name][2](str(root), download=download, **arguments)
+        part = getattr(datasets, PACKED[name][2])(str(root), download=download, **arguments)
         images = np.stack([np.asarray(image) for image, _ in part])
         labels = torch.as_tensor(part.targets if hasattr(part, "targets") else part.labels).numpy()
         arrays += [images if images.ndim == 4 else images[..., None], labels.astype(np.uint8)]
@@ -390,6 +391,8 @@ def _folder(name, root):
 def _load_folder(name, root, device, size, streamed):
     folder = _folder(name, root)
     if folder is None and name == "imagenette":
+        from torchvision import datasets
+
         _download(name, root, lambda: datasets.Imagenette(str(root), size="full", download=True))
         folder = _folder(name, root)
     if folder is None:

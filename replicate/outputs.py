@@ -4,7 +4,6 @@ import os
 import time
 from pathlib import Path
 
-import torchvision.utils
 from PIL import Image, ImageOps
 
 from replicate.files import as_seen, opened, pictures_below
@@ -47,6 +46,13 @@ def write(path, content):
                          "place") from None
 
 
+def make_grid(images, **layout):
+    """torchvision's make_grid; importing torchvision takes longer than torch, so figures do it."""
+    from torchvision import utils
+
+    return utils.make_grid(images, **layout)
+
+
 def save_image(tensor, path, **layout):
     """torchvision's save_image as a PNG that is whole or not there, from the first rank only;
     InputError where the disk does not take it.  layout: nrow, padding and the like.
@@ -56,7 +62,9 @@ def save_image(tensor, path, **layout):
     """
     buffer = io.BytesIO()
     if os.environ.get("RANK", "0") == "0":
-        torchvision.utils.save_image(tensor, buffer, format="png", **layout)
+        from torchvision import utils
+
+        utils.save_image(tensor, buffer, format="png", **layout)
         write(Path(path), buffer.getbuffer())
 
 

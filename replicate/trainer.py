@@ -18,12 +18,12 @@ import time
 import typing
 import warnings
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
-import torchvision
 import yaml
 from torch import nn
 
@@ -677,6 +677,6 @@ def peak_memory(device):
 
 
 def surroundings(device):
-    return {"torch": torch.__version__, "torchvision": torchvision.__version__,
+    return {"torch": torch.__version__, "torchvision": version("torchvision"),
             "device": device_name(device), "peak_memory_mb": round(peak_memory(device)),
             "threads": torch.get_num_threads() if device.type == "cpu" else None}

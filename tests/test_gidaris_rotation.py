@@ -361,7 +361,7 @@ def test_few_label_rows_train_on_the_first_of_each_class_and_as_long_as_with_all
 
 
 def test_a_probe_leaves_the_trunk_bit_identical_and_fine_tuning_does_not(make_run, monkeypatch):
-    run, data = make_run("batch_size=16", "width=0.1", rows=("frozen", "tuned")), some_data()
+    run, data = make_run("head_batch_size=16", "width=0.1", rows=("frozen", "tuned")), some_data()
     trunk = rotation.NetworkInNetwork(4, 4, 0.1).train()
     monkeypatch.setattr(rotation, "pretrain", lambda *arguments: trainer.Trained(trunk))
     before = {name: tensor.clone() for name, tensor in trunk.state_dict().items()}
@@ -430,7 +430,7 @@ def test_the_guard_notices_a_trunk_that_moves(make_run, monkeypatch):
     restless = trainer.Trained(Restless(2, 4, 0.05))
     monkeypatch.setattr(rotation, "pretrain", lambda *arguments: restless)
     with pytest.raises(AssertionError, match="has moved"):
-        rotation.fit_heads(make_run("batch_size=8"), some_data(16), "rotnet4/conv", "rotnet4",
+        rotation.fit_heads(make_run("head_batch_size=8"), some_data(16), "rotnet4/conv", "rotnet4",
                            rotation.conv_head, (1.0, (0.5,), 0.1))
 
 
