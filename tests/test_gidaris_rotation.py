@@ -456,8 +456,8 @@ def tiny(tmp_path, write_packed):
     """Options for a run of seconds on 640 images of noise packed as CIFAR-10."""
     write_packed(tmp_path / "data", train=640, test=100)
     options = ["--scale", "smoke", "--device", "cpu", "--data", str(tmp_path / "data")]
-    for override in ("dataset=cifar10", "width=0.05", "batch_size=32", "pretext_epochs=1",
-                     "conv_epochs=1", "supervised_epochs=1"):
+    for override in ("dataset=cifar10", "width=0.05", "batch_size=32", "head_batch_size=32",
+                     "pretext_epochs=1", "conv_epochs=1", "supervised_epochs=1"):
         options += ["--set", override]
     return options
 
@@ -525,7 +525,7 @@ def test_two_ranks_equal_one(one_and_two_ranks, make_run, tiny):
     """Crops are drawn by shards, batch-norm spans the ranks: a few steps end at the same weights,
     of trunk and head."""
     weights = one_and_two_ranks(
-        rotation, *tiny, "--rows", "rotnet4/conv", "--set", "precision=float32",
+        rotation, *tiny, "--rows", "rotnet4/conv", "--set", "precision=float32", "--set", "shards=2",
         "--set", "pretext_epochs=0.15", "--set", "conv_epochs=0.15")
     assert set(weights) == {"rotnet4", "rotnet4_conv"}
     for training, (one, two) in weights.items():
