@@ -294,10 +294,6 @@ TRUNKS = {  # name -> (its blocks, the degrees that it tells apart)
 CURVE = (5, 20, 50)  # percent of RotNet's training after which it is measured too (Fig. 5a)
 
 
-def step_after(percent, steps):
-    return max(1, steps * percent // 100)
-
-
 def pretrain(run, data, config, name):
     """-> Trained: one of the TRUNKS, which has learnt to tell its rotations apart (Eq. 1 to 3)."""
     blocks, degrees = TRUNKS[name]
@@ -320,7 +316,7 @@ def pretrain(run, data, config, name):
     return run.fit(
         name, model, loss, run.shuffled(data.unlabeled, config.batch_size, name), steps=steps,
         optimizer=make_optimizer(config, model), chance=math.log(len(degrees)),
-        keep=[step_after(percent, steps) for percent in CURVE] if name == "rotnet4" else [],
+        keep=[max(1, steps * percent // 100) for percent in CURVE] if name == "rotnet4" else [],
         rate=trainer.stepped(config.pretext_rate, config.pretext_drops, config.pretext_factor))
 
 
@@ -337,9 +333,15 @@ def released_control(blocks, classes, width):
 
 def network(run, data, name):
     """-> Trained: one of the TRUNKS, or one that is never trained: "random", "random-official",
-    "alexnet-random", or "scratch", with which supervised training begins."""
-    if name in TRUNKS:
-        return pretrain(run, data, run.config, name)
+    "alexnet-random", or "scratch", with which supervised training begins.  "rotnet4/after20": as
+    it was after 20 % of its training."""
+    trunk, _, percent = name.partition("/after")
+    if trunk in TRUNKS:
+        trained = pretrain(run, data, run.config, trunk)
+        if percent and trained.kept:  # a plan keeps nothing
+            step = max(1, trained.steps * int(percent) // 100)
+            trained.model.load_state_dict(trained.kept[step])
+        return trained
     if name == "alexnet-random":  # one class, since its own classifier is never used
         return trainer.Trained(run.build(AlexNet, 1, run.config.width))
     make = released_control if name == "random-official" else NetworkInNetwork
@@ -381,11 +383,6 @@ def head_scores(heads, rows, maps):
     return {row: heads[row](maps[block]).float() for row, block in rows.items()}
 
 
-def numbered(maps):
-    """[feature map of block 1, ...] -> {1: feature map, ...}"""
-    return dict(enumerate(maps, 1))
-
-
 def encode_views(run, train, count, see, name):
     """-> a split of `count` augmented images of train: see(images (N,C,S,S)) -> {block: map}, side
     by side as (count,D), and labels.  Drawn once, whatever the number of ranks."""
@@ -420,33 +417,34 @@ def fit_heads(run, data, name, trunk, make_head, schedule, rows=None, finetune=F
     encoder, side = start.model.eval(), config.crop_size
     encoder.blocks = encoder.blocks[:max(rows.values())]  # no head sees the others
     crop = partial(pad_crop_and_flip, size=side, pad=config.crop_padding)
-    maps = numbered(encoder.maps(torch.zeros(2, 3, side, side, device=run.device)))
-    shapes = {block: maps[block].shape[1:] for block in sorted(set(rows.values()))}
+
+    def encode(images):
+        maps = encoder.maps(normalize(images, config))
+        return {block: maps[block - 1] for block in sorted(set(rows.values()))}
+
+    maps = encode(torch.zeros(2, 3, side, side, device=run.device))
     run.seed_global(f"{name}/init")
     heads = nn.ModuleDict({row: make_head(maps[block].shape, data.classes, config.width, block)
                            for row, block in rows.items()})
     heads = heads.to(run.device, memory_format=torch.channels_last)
     trained = nn.ModuleDict({"heads": heads, "blocks": encoder.blocks} if finetune else
                             {"heads": heads})
-
-    def see(images, generator):
-        maps = numbered(encoder.maps(normalize(crop(images, generator), config)))
-        return {block: maps[block] for block in shapes}
+    shapes = {block: each.shape[1:] for block, each in maps.items()}
 
     def cached_batches(first_step):  # nothing is encoded when there is nothing left to train
         count = config.views * (len(train) if run.plan else len(data.train))
-        split = encode_views(run, train, count, see, name)
+        split = encode_views(run, train, count, lambda images, generator:
+                             encode(crop(images, generator)), name)
         return run.shuffled(split, config.head_batch_size, name)(first_step)
 
     def loss(batch, step):
         inputs, labels = batch
         if inputs.dim() == 2:
-            parts = inputs.split([shape.numel() for shape in shapes.values()], 1)
-            maps = {b: part.view(-1, *shapes[b]) for b, part in zip(shapes, parts)}
+            parts = inputs.split([math.prod(shape) for shape in shapes.values()], 1)
+            seen = {b: part.view(-1, *shapes[b]) for b, part in zip(shapes, parts)}
         else:
-            images = run.augment(crop, inputs, f"{name}/augment", step)
-            maps = numbered(encoder.maps(normalize(images, config)))
-        scores = head_scores(heads, rows, maps)
+            seen = encode(run.augment(crop, inputs, f"{name}/augment", step))
+        scores = head_scores(heads, rows, seen)
         return {"loss": sum(F.cross_entropy(each, labels) for each in scores.values())}
 
     encoder.train(finetune)
@@ -471,16 +469,17 @@ def central_maps(run, model, images):
 
 def head_accuracies(run, encoder, heads, rows, test):
     """{row: percent of the test images that its head classifies correctly}"""
+    def scores(images):
+        return head_scores(heads, rows, dict(enumerate(central_maps(run, encoder, images), 1)))
+
     with run.autocast():
-        return evaluate.accuracies(
-            lambda images: head_scores(heads, rows, numbered(central_maps(run, encoder, images))),
-            test)
+        return evaluate.accuracies(scores, test)
 
 
 @torch.no_grad()
 def rotation_accuracy(run, model, name, test):
     """Percent of all rotated copies of the test images whose rotation is predicted correctly."""
-    model, side, (_, degrees) = model.eval(), run.config.crop_size, TRUNKS[name]
+    model, side, (_, degrees) = model.eval(), run.config.crop_size, TRUNKS[name.split("/")[0]]
     correct = 0
     for images, _ in evaluate.in_order(test, 250):
         images = centre(images, side)
@@ -496,13 +495,6 @@ def block_probes(run, model, rows, train, test):
     with evaluate.frozen(model):
         return evaluate.probe(partial(central_maps, run, model), rows, train, test,
                               run.config.probe_cells, run.seed)
-
-
-def curve_point(run, model, rows, train, test):
-    """{row: accuracy} of RotNet at a step on its way: block 2's linear probe, its own task."""
-    linear, pretext = rows
-    return {**block_probes(run, model, {linear: (2, "linear")}, train, test),
-            pretext: rotation_accuracy(run, model, "rotnet4", test)}
 
 
 def reproduce(run):
@@ -536,7 +528,8 @@ def reproduce(run):
         fit_heads(run, data, f"{trunk}/linear", trunk, alexnet_linear_head, linear, rows)
         rows = {f"{trunk}/conv{block}/nonlinear": block for block in (4, 5)}
         fit_heads(run, data, f"{trunk}/nonlinear", trunk, alexnet_nonlinear_head, nonlinear, rows)
-    for name in (*TRUNKS, "random"):  # the pretext task itself, and plain probes
+    on_the_way = (f"rotnet4/after{percent}" for percent in CURVE)  # Fig. 5a
+    for name in (*TRUNKS, "random", *on_the_way):  # the pretext task itself, and plain probes
         if run.wants(row := f"{name}/rotation-accuracy"):
             trained = network(run, data, name)
             if name == "rotnet4" and run.seed == run.rank == 0 and not run.plan:
@@ -548,14 +541,6 @@ def reproduce(run):
         if rows := {row: rows[row] for row in run.wants(*rows)}:
             trained = network(run, data, name)
             run.record(rows, partial(block_probes, run, trained.model, rows), data.train, data.test,
-                       after=[trained])
-    for percent in CURVE:  # Fig. 5a
-        rows = f"rotnet4/after{percent}/block2/linear", f"rotnet4/after{percent}/rotation-accuracy"
-        if run.wants(*rows):
-            trained = network(run, data, "rotnet4")
-            if trained.kept:  # a plan keeps nothing
-                trained.model.load_state_dict(trained.kept[step_after(percent, trained.steps)])
-            run.record(rows, partial(curve_point, run, trained.model, rows), data.train, data.test,
                        after=[trained])
 
 

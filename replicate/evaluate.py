@@ -86,8 +86,8 @@ def linear_probe(train_x, train_y, test_x, test_y, penalties=PENALTIES, iteratio
             if accuracy > best:
                 best, penalty, model = accuracy, each, now
         if penalty in (penalties[0], penalties[-1]):
-            warnings.warn(f"linear probe: the best penalty, {penalty:g}, is the last of those tried",
-                          stacklevel=2)
+            warnings.warn(f"linear probe: the best penalty, {penalty:g}, is the last of those "
+                          "tried", stacklevel=2)
     model = _fit_logistic(train_x, train_y, classes, penalty, iterations, model)
     return _accuracy(model, test_x, test_y)
 

@@ -378,7 +378,8 @@ def test_a_probe_leaves_the_trunk_bit_identical_and_fine_tuning_does_not(make_ru
 
 
 def test_heads_on_views_encode_an_image_once_a_view(make_run, monkeypatch):
-    run, data = make_run("views=3", "head_batch_size=16", "width=0.1", rows=("a", "b")), some_data(40)
+    run = make_run("views=3", "head_batch_size=16", "width=0.1", rows=("a", "b"))
+    data = some_data(40)
     trunk = rotation.NetworkInNetwork(4, 4, 0.1)
     encoded, steps, maps = [], [], trunk.maps
     monkeypatch.setattr(trunk, "maps", lambda images: encoded.append(len(images)) or maps(images))
@@ -404,15 +405,15 @@ def test_heads_on_views_encode_an_image_once_a_view(make_run, monkeypatch):
 
 def test_rows_after_a_part_of_the_training_measure_the_weights_of_that_step(make_run, monkeypatch):
     run = make_run("width=0.1", "pretext_epochs=1", "batch_size=2", rows=(
-        "rotnet4/after5/block2/linear", "rotnet4/after5/rotation-accuracy",
-        "rotnet4/after50/block2/linear", "rotnet4/after50/rotation-accuracy"))
+        "rotnet4/after5/rotation-accuracy", "rotnet4/after50/rotation-accuracy",
+        "rotnet4/after5/block2/linear"))
     data, seen = some_data(40), []
 
-    def curve_point(run, model, rows, train, test):
+    def keep(run, model, *arguments):
         seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        return dict.fromkeys(rows, 50.0)
+        return 50.0
 
-    monkeypatch.setattr(rotation, "curve_point", curve_point)
+    monkeypatch.setattr(rotation, "rotation_accuracy", keep)
     monkeypatch.setattr(trainer.Run, "load", lambda *arguments, **options: data)
     rotation.reproduce(run)
     saved = torch.load(next(run.folder.glob("rotnet4.pt")), weights_only=True)
@@ -525,7 +526,8 @@ def test_two_ranks_equal_one(one_and_two_ranks, make_run, tiny):
     """Crops are drawn by shards, batch-norm spans the ranks: a few steps end at the same weights,
     of trunk and head."""
     weights = one_and_two_ranks(
-        rotation, *tiny, "--rows", "rotnet4/conv", "--set", "precision=float32", "--set", "shards=2",
+        rotation, *tiny, "--rows", "rotnet4/conv", "--set", "precision=float32",
+        "--set", "shards=2",
         "--set", "pretext_epochs=0.15", "--set", "conv_epochs=0.15")
     assert set(weights) == {"rotnet4", "rotnet4_conv"}
     for training, (one, two) in weights.items():
