@@ -327,7 +327,7 @@ def pretrain(run, data, config, name, palette, start=None):
 # ---- Evaluation ----
 
 # A colorizer is a function: pictures (N,3,H,W) in Lab -> their colours (a, b), (N,2,H,W).
-CONTROLS = ("truth", "grey", "random-colors", "prior-mode", "centre", "prior")  # without a network
+CONTROLS = ("truth", "grey", "random-colors", "centre")     # without a network
 FIGURED = ("l2", "class", "full")   # side by side in a figure, which waits for all three
 
 
@@ -351,9 +351,10 @@ def control_colors(name, palette, others, lab):
     """The colorizer of a control; others: batches of training images, for random-colors."""
     if name == "random-colors":
         return rgb_to_lab(next(others)[0][:len(lab)])[:, 1:]
-    fixed = {"grey": torch.zeros_like(palette.bins[0]), "centre": palette.bins.mean(0),
-             "prior-mode": palette.bins[palette.prior.argmax()]}  # the most frequent colour
-    return lab[:, 1:] if name == "truth" else fixed[name].view(1, 2, 1, 1).expand_as(lab[:, 1:])
+    if name == "truth":
+        return lab[:, 1:]
+    color = palette.bins.mean(0) if name == "centre" else torch.zeros_like(palette.bins[0])
+    return color.view(1, 2, 1, 1).expand_as(lab[:, 1:])
 
 
 def make_colorizer(run, data, palette, name, model):
@@ -397,20 +398,6 @@ def color_measures(name, colorizer, palette, test):
         sums[f"{name}/chroma-ratio"] += torch.tensor(
             [float(colors.square().sum(1).sqrt().double().sum()) for colors in (ab, true_ab)])
     return {row: float(value / count) for row, (value, count) in sums.items()}
-
-
-def cross_entropy(run, model, palette, test):
-    """Mean unweighted cross-entropy in nats of a network, or without one of the prior."""
-    prior, total, count, config = palette.prior.log().view(1, -1, 1, 1), 0, 0, run.config
-    for lab in colored_pictures(test):
-        targets = neighbor_shares(lab[:, 1:, ::STRIDE, ::STRIDE], palette.bins, config.neighbors,
-                                  config.sigma, palette.candidates)
-        ones = torch.ones(targets[0].shape[:3], device=lab.device)
-        scores = network_scores(run.autocast, model, lab) if model else prior
-        scores = scores.expand(len(ones), -1, *ones.shape[1:])
-        total += ones.numel() * float(classification_loss(scores, *targets, ones)["loss"])
-        count += ones.numel()
-    return total / count
 
 
 def recolor(images, colorizer):
@@ -512,10 +499,6 @@ def reproduce(run):
                 figures(run, data, palette)  # the last of the three is about to be recorded
             measure = partial(color_measures, name, colorizer, palette)
             run.record(rows, measure, data.test, after=[trained])
-        if run.wants(f"{name}/cross-entropy"):
-            trained = network(run, data, palette, name)
-            measure = partial(cross_entropy, run, trained.model, palette)
-            run.record(f"{name}/cross-entropy", measure, data.test, after=[trained])
         if run.wants(f"{name}/semantic"):
             classifier = network(run, data, palette, "supervised-color")
             trained = network(run, data, palette, name)
