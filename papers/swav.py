@@ -81,7 +81,6 @@ class Config:
     batch_size: int = 256               # ours: paper 4096
     pretext_epochs: float = 50.0        # ours: paper 800
     audit_epochs: float = 20.0          # ours: of the ablations; paper 400
-    optimizer: Literal["sgd", "lars"] = "lars"  # official code
     pretext_rate: float = 0.6           # official code for batches of 256; paper 4.8
     warmup: float = 0.05                # ours: share of the steps; paper 10 of 800 epochs
     momentum: float = 0.9               # official code
@@ -263,9 +262,8 @@ def swav_loss(model, embeddings, config, train_prototypes=True, fill_queue=True)
 
 
 def make_optimizer(config, model):
-    """LARS or SGD; run.fit sets the learning rate at every step."""
-    optimizer = LARS if config.optimizer == "lars" else partial(torch.optim.SGD, fused=True)
-    return optimizer(model.parameters(), momentum=config.momentum, weight_decay=config.weight_decay)
+    """LARS; run.fit sets the learning rate at every step."""
+    return LARS(model.parameters(), config.momentum, config.weight_decay)
 
 
 # ---- Pre-training ----
@@ -645,9 +643,9 @@ class LARS(torch.optim.Optimizer):
     """SGD in which each tensor's gradient, weight decay included, is multiplied by
     trust * |weight| / |gradient| (You et al. 2017); biases and batch-norm too (official code)."""
 
-    def __init__(self, parameters, lr=0.1, momentum=0.9, weight_decay=0.0, trust=0.001):
-        super().__init__(parameters, {"lr": lr})
-        self.momentum, self.decay, self.trust = momentum, weight_decay, trust
+    def __init__(self, parameters, momentum=0.9, decay=0.0, trust=0.001):
+        super().__init__(parameters, {"lr": 0.0})
+        self.momentum, self.decay, self.trust = momentum, decay, trust
         for p in self.param_groups[0]["params"]:
             self.state[p]["momentum"] = torch.zeros_like(p)
 
