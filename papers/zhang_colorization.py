@@ -468,6 +468,12 @@ def network(run, data, palette, name):
     return trainer.Trained(model) if untrained else fit_classifier(run, data, name, model)
 
 
+def trainings(run, data, palette, name):
+    """-> [Trained, ...]: the network of that name, and before it what it begins from."""
+    first = ["full"] if name.startswith(("l2-finetuned", "full/finetuned")) else []
+    return [network(run, data, palette, each) for each in (*first, name)]
+
+
 def load_images(run):
     """The run's images; InputError where they have no colours or another size."""
     config = run.config
@@ -492,19 +498,19 @@ def reproduce(run):
     palette = make_palette(run, data.unlabeled)
     for name in (*CONTROLS, *VARIANTS):
         if rows := run.wants(f"{name}/auc-*", f"{name}/chroma-ratio"):
-            trained = network(run, data, palette, name)
-            colorizer = make_colorizer(run, data, palette, name, trained.model)
+            after = trainings(run, data, palette, name)
+            colorizer = make_colorizer(run, data, palette, name, after[-1].model)
             others = [f"{one}/auc-rebalanced" for one in FIGURED if one != name]
             if run.seed == run.rank == 0 and len(others) == 2 and all(map(run.value, others)):
                 figures(run, data, palette)  # the last of the three is about to be recorded
             measure = partial(color_measures, name, colorizer, palette)
-            run.record(rows, measure, data.test, after=[trained])
+            run.record(rows, measure, data.test, after=after)
         if run.wants(f"{name}/semantic"):
             classifier = network(run, data, palette, "supervised-color")
-            trained = network(run, data, palette, name)
-            colorizer = make_colorizer(run, data, palette, name, trained.model)
+            after = trainings(run, data, palette, name)
+            colorizer = make_colorizer(run, data, palette, name, after[-1].model)
             measure = partial(semantic_accuracy, run, classifier.model, colorizer)
-            run.record(f"{name}/semantic", measure, data.test, after=[classifier, trained])
+            run.record(f"{name}/semantic", measure, data.test, after=[classifier, *after])
     for name in ("full", "random", "supervised-l", "alexnet", "alexnet-random"):
         if rows := run.wants(f"{name}/block*"):
             trained = network(run, data, palette, name)
@@ -516,11 +522,10 @@ def reproduce(run):
         if not evaluate.enough_labels(data.train.labels, row):
             run.record(row, None)  # leaves the row out
             continue
-        names = ["full", row] if row.startswith("full/") else [row]
-        trained = [network(run, data, palette, name) for name in names]
-        see = partial(network_input, model=trained[-1].model.encoder)
-        measure = partial(evaluate.class_accuracy, run, trained[-1].model, see)
-        run.record(row, measure, data.test, after=trained)
+        after = trainings(run, data, palette, row)
+        see = partial(network_input, model=after[-1].model.encoder)
+        measure = partial(evaluate.class_accuracy, run, after[-1].model, see)
+        run.record(row, measure, data.test, after=after)
 
 
 # ---- Figures ----
@@ -540,8 +545,8 @@ def figures(run, data, palette):
         tiles = torch.stack([recolor(images, method) for method in methods], 1).flatten(0, 1) / 255
         save_image(tiles, run.suite / f"{run.paper}_{name}.png", nrow=columns, padding=1)
     bins, frequency = palette.bins.cpu(), palette.prior.cpu().log()[:, None]
-    lightness = 15 + 75 * (frequency - frequency.min()) / (frequency.max() - frequency.min())
-    colors = lab_to_rgb(torch.cat([lightness, bins], 1)[:, :, None, None])[:, :, 0, 0]
+    bright = 15 + 75 * (frequency - frequency.min()) / (frequency.max() - frequency.min())
+    colors = lab_to_rgb(torch.cat([bright, bins], 1)[:, :, None, None])[:, :, 0, 0]
     panel, step = torch.full((1, 3, *[240 // run.config.step + 1] * 2), 0.5), run.config.step
     panel[0][:, *((bins + 120) / step).round().long().unbind(1)] = colors.T
     save_image(F.interpolate(panel, scale_factor=14), run.suite / f"{run.paper}_bins.png")
