@@ -27,7 +27,7 @@ Deviations from the paper
     batch-norm statistics; paper: 9,000 features, crops, SGD.  Block 4 was chosen beforehand.
 12. Multiplications in bfloat16; parameters, colours, losses and the fitting of probes in float32.
 13. Left out: human judges (AMT), PASCAL VOC, Places.
-Run:  python -m papers.zhang_colorization --scale small (Imagenette, two CPU cores: 50 min a seed)
+Run:  python -m papers.zhang_colorization --scale small (Imagenette, two CPU cores: 55 min a seed)
       python -m papers.zhang_colorization --colorize IN OUT        (a picture, or a folder of them)
 Result, small: full/auc-rebalanced 60.7 +- 0.3 against grey/auc-rebalanced 55.0 (n = 3); paper, full
 training: 67.3
