@@ -78,9 +78,15 @@ if [ -z "$scale" ]; then
     read -r scale rest <<<"$chosen"  # a paper without that scale is passed over
     read -ra papers <<<"$rest"
 fi
-[ -n "$seeds" ] || { [ "$scale" = smoke ] && seeds=0 || seeds=0,1,2; }
-words=(${seeds//,/ }); count=${#words[@]}
-[ ${#plan[@]} = 0 ] || { seeds=${seeds%%,*}; echo "Plan of scale $scale, timed here:"; }
+turns=()  # "paper seed": seed 0 of every paper first, since it always leaves whole tables
+if [ -n "$seeds" ]; then
+    for seed in ${seeds//,/ }; do for paper in "${papers[@]}"; do turns+=("$paper $seed"); done; done
+else
+    declared=$("$python" -m replicate.terminal turns "$scale" "${papers[@]}") || exit $?
+    while read -r turn; do turns+=("$turn"); done <<<"$declared"
+fi
+work="${turns[*]}"
+[ ${#plan[@]} = 0 ] || { turns=("${turns[@]:0:${#papers[@]}}"); echo "Plan of scale $scale, timed here:"; }
 share=$((cores / jobs > 0 ? cores / jobs : 1))
 [ "$jobs" = 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$share} REPLICATE_PLAIN=1
 REPLICATE_LEDGER=$(mktemp) || fail "no room for a temporary file"
@@ -108,17 +114,16 @@ reap() {  # wait until at most $1 children are left, and keep count of how they 
         if [ ${#children[@]} -gt "$1" ]; then sleep 0.5 & wait $!; fi
     done
 }
-for seed in ${seeds//,/ }; do  # seed 0 of every paper first: it always leaves whole tables
-    for paper in "${papers[@]}"; do
-        reap $((jobs - 1))
-        [ -z "$stopped" ] || break 2
-        case " $refused " in *" $paper "*) continue ;; esac
-        "$python" -m "papers.$paper" --scale "$scale" --seeds "$seed" "${options[@]}" "${plan[@]}" &
-        children+=($!); names+=("$paper (seed $seed)")
-    done
+for turn in "${turns[@]}"; do
+    read -r paper seed <<<"$turn"
+    reap $((jobs - 1))
+    [ -z "$stopped" ] || break
+    case " $refused " in *" $paper "*) continue ;; esac
+    "$python" -m "papers.$paper" --scale "$scale" --seeds "$seed" "${options[@]}" "${plan[@]}" &
+    children+=($!); names+=("$paper (seed $seed)")
 done
 reap 0
 [ -z "$stopped" ] || exit 130
-"$python" -m replicate.terminal end "$REPLICATE_LEDGER" --seeds "$count" "${plan[@]}"
+"$python" -m replicate.terminal end "$REPLICATE_LEDGER" --turns "$work" "${plan[@]}"
 [ ${#failed[@]} = 0 ] || echo "not finished: ${failed[*]}" >&2
 exit $status

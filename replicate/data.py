@@ -298,7 +298,7 @@ def _download(name, root, fetch):
     except Exception as error:  # a broken archive can make the unpackers raise nearly anything
         raise InputError(f"no data set '{name}' in {root}, and it cannot be downloaded "
                          f"({_line(error)}): repeat, give the folder that holds it with --data "
-                         "DIR, or use --data embedded") from None
+                         "DIR, or take --scale demo, which needs none") from None
     finally:
         socket.setdefaulttimeout(timeout)
 
@@ -398,7 +398,8 @@ def _load_folder(name, root, device, size, streamed):
     if folder is None:
         where = name.removeprefix("folder:") if name.startswith("folder:") else root
         raise InputError(f"no folder with train/<class>/ images for '{name}' in {where}: give it "
-                         "with --data DIR or --set dataset=folder:DIR, or use --data embedded")
+                         "with --data DIR or --set dataset=folder:DIR, or take --scale demo, "
+                         "which needs none")
     test = folder / "test" if (folder / "test").is_dir() else folder / "val"
     files, labels, (names, test_names) = zip(*map(list_classes, (folder / "train", test)))
     if names != test_names:

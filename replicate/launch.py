@@ -34,7 +34,7 @@ def parse(paper, arguments, options=None):
     add("--scale", default="small", help="smoke, demo, small, full or paper")
     add("--seeds", help="such as 0,1,2; default: those that the scale declares")
     add("--rows", default="*", metavar="GLOB", help="such as 'rotnet4/*'; several with commas")
-    add("--data", default="", metavar="DIR", help="data root, or 'embedded' for drawn images")
+    add("--data", default="", metavar="DIR", help="data root")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="change a setting; its results go to a suite of their own")
@@ -127,18 +127,18 @@ def read_seeds(given, declared):
 
 def runs(script, Config, options, rows, always):
     """Check everything that can be checked, then yield the Run of each seed, holding its lock."""
-    declared, drawn = records.read_declared(script), options.data == "embedded"
+    declared = records.read_declared(script)
     own, _ = read_settings(Config, declared, options.scale)
-    overrides = options.overrides + ["dataset=embedded"] * drawn
-    config, block = read_settings(Config, declared, options.scale, 0, overrides)
+    config, block = read_settings(Config, declared, options.scale, 0, options.overrides)
     names = records.matching(declared["rows"], rows(config) if rows else ["*"])
     only = options.rows.split(",")
     for glob in only:
         if not records.matching(names, [glob]):
             raise InputError(f"no row matches '{glob}'; rows: {', '.join(names)}")
-    seeds = read_seeds(options.seeds, block.get("seeds", [0, 1, 2]))
-    if options.data and not drawn and not Path(options.data).is_dir():
-        raise InputError(f"no data folder {options.data}: give --data DIR or --data embedded")
+    seeds = read_seeds(options.seeds, block["seeds"])
+    if options.data and not Path(options.data).is_dir():
+        raise InputError(f"no data folder {options.data}: give another with --data DIR; "
+                         "--scale demo needs none")
     device = set_up(config, options.device)
     for folder, flag in ((options.results, "--results"), (options.runs, "--runs")):
         if not options.plan:
@@ -147,8 +147,9 @@ def runs(script, Config, options, rows, always):
     for seed in seeds[:1] if options.plan else seeds:
         run = Run(script, dataclasses.replace(config, seed=seed), options.scale,
                   {name: declared["rows"][name] for name in names}, device, only=only,
-                  suite=suite_name(options.scale, config, own, overrides), results=options.results,
-                  runs=options.runs, data="" if drawn else options.data, force=options.force,
+                  suite=suite_name(options.scale, config, own, options.overrides),
+                  results=options.results,
+                  runs=options.runs, data=options.data, force=options.force,
                   scale_rows=block.get("rows", ["*"]), plan=options.plan,
                   quiet=options.quiet)
         run.left_out = left_out
@@ -280,7 +281,7 @@ def launch(script, Config, reproduce, arguments=None, *, rows=None, options=None
             terminal.note(run)
             if run.plan:
                 here = records.matching(records.matching(run.rows, run.scale_rows), run.only)
-                recorded = len(here) - len(run.settled & set(here))
+                recorded = 0 if run.force else sum(bool(run.recorded(row)) for row in here)
                 run.say("\n".join(terminal.plan_lines(run, recorded)))
             elif run.rank == 0:
                 render_tables(run.suite.parent, Path(script).parent)

@@ -191,6 +191,9 @@ def read_declared(path):
         declared["headline"] = list(expand(dict.fromkeys(declared["headline"] or ())))
         declared["figures"] = dict(declared["figures"] or {})
         check_shapes(declared)
+        for scale, block in declared["scales"].items():
+            block = declared["scales"][scale] = dict(block or {})
+            block.setdefault("seeds", [0] if scale == "smoke" else [0, 1, 2])
         named = set(declared["headline"])
         for name, claim in declared["claims"].items():
             weights, margin = read_claim(claim["test"])

@@ -3,6 +3,7 @@ takes, the sums of a plan, and the summary at the end.
 
     python -m replicate.terminal scale PAPER ... [options]   on stdout the scale and those of the
                                                              papers that have it; stderr: why
+    python -m replicate.terminal turns SCALE PAPER ...       papers and seeds in the order of work
     python -m replicate.terminal end LEDGER PAPER ...        what the runs noted in LEDGER came to
 """
 import argparse
@@ -93,12 +94,13 @@ def plan_lines(run, recorded):
                     f"{memory:6.0f} MB" for name, (number, seconds, memory) in ordered]
 
 
-def sum_up_plan(notes, seeds):
-    seconds = sum(note["seconds"] for note in notes)
-    total = sum(note["rows"] for note in notes)
-    whole = f", {show_time(seconds * seeds)} for {seeds} seeds" if seeds > 1 else ""
-    return [f"in all: {report.count(total, 'row')}, {show_time(seconds)} a seed{whole}, one after "
-            "the other; memory is the peak so far"]
+def sum_up_plan(notes, work):
+    """notes: a plan of one seed of each paper; work: the paper of each seed that is to be run."""
+    seconds, total = (sum(note[key] for note in notes) for key in ("seconds", "rows"))
+    whole = show_time(sum(note["seconds"] * work.count(note["paper"]) for note in notes))
+    seeds = f", {whole} for all {len(work)} seeds" * (len(work) > len(notes))
+    return [f"in all: {report.count(total, 'row')}, {show_time(seconds)} for one seed each{seeds}, "
+            "one after the other; memory is the peak so far"]
 
 
 # The scale
@@ -130,15 +132,25 @@ def having(papers, scale):
             if scale in records.read_declared(ROOT / "papers" / f"{paper}.yaml")["scales"]]
 
 
+def turns(papers, scale):
+    """["paper seed", ...] in the order of work: the first seed of every paper, then the second."""
+    declared = {paper: records.read_declared(ROOT / "papers" / f"{paper}.yaml")["scales"]
+                for paper in papers}
+    seeds = {paper: scales.get(scale, {}).get("seeds", [0]) for paper, scales in declared.items()}
+    return [f"{paper} {seeds[paper][number]}" for number in range(max(map(len, seeds.values())))
+            for paper in papers if number < len(seeds[paper])]
+
+
 def choose_scale(papers, data="", device="auto", dataset=""):
     """(scale, reason): `full` where a CUDA GPU is visible and the data are there, else `demo`."""
     import torch
     from replicate import data as image_data
-    if data and data != "embedded" and not Path(data).is_dir():
-        raise InputError(f"no data folder {data}: give --data DIR or --data embedded")
-    root = image_data.data_root("" if data == "embedded" else data)
+    if data and not Path(data).is_dir():
+        raise InputError(f"no data folder {data}: give another with --data DIR; scale demo needs "
+                         "none")
+    root = image_data.data_root(data)
     lacking = sorted({*papers} - {*having(papers, "demo")}, key=papers.index)
-    if "embedded" in (data, dataset):
+    if dataset == "embedded":
         why = "drawn images were asked for"
     elif device == "cpu" or not torch.cuda.is_available():
         why = "no CUDA GPU in use"
@@ -259,9 +271,12 @@ def main(arguments=None):
     scale.add_argument("--data", default="")
     scale.add_argument("--device", default="auto")
     scale.add_argument("--set", action="append", default=[])
+    work = commands.add_parser("turns")
+    work.add_argument("scale")
+    work.add_argument("papers", nargs="+")
     end = commands.add_parser("end")
     end.add_argument("ledger")
-    end.add_argument("--seeds", type=int, default=1)
+    end.add_argument("--turns", default="", help="paper seed paper seed ...")
     end.add_argument("--plan", action="store_true")
     given, _ = parser.parse_known_args(arguments)
     try:
@@ -270,9 +285,11 @@ def main(arguments=None):
             chosen, reason = choose_scale(given.papers, given.data, given.device, *sets[-1:])
             print(f"scale {chosen}: {reason}", file=sys.stderr, flush=True)
             print(chosen, *having(given.papers, chosen))
+        elif given.command == "turns":
+            print(*turns(given.papers, given.scale), sep="\n")
         else:
             notes = read_notes(given.ledger)
-            lines = sum_up_plan(notes, given.seeds) if given.plan else summarize(notes)
+            lines = sum_up_plan(notes, given.turns.split()[::2]) if given.plan else summarize(notes)
             print(*lines, sep="\n", end="\n" * bool(lines))
     except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split()))

@@ -110,20 +110,18 @@ def check(values):
 def read_settings(Config, declared, scale, seed=0, overrides=()):
     """-> (config, the scale's block): defaults, then the block, then key=value overrides.
 
-    declared: records.read_declared(script), or the YAML's path.  dataset=embedded puts the block
-    <scale>-embedded, if there is one, over the scale's.  InputError for what no run can have.
+    declared: records.read_declared(script), or the YAML's path.  InputError for what no run can
+    have.
     """
     scales = (declared if isinstance(declared, dict) else records.read_declared(declared))["scales"]
-    known = [name for name in scales if not name.endswith("-embedded")]
     kinds, given = typing.get_type_hints(Config), {}
     try:
-        assert scale in known, f"unknown scale '{scale}'; known: {', '.join(known)}"
+        assert scale in scales, f"unknown scale '{scale}'; known: {', '.join(scales)}"
         for override in overrides:
             key, equals, value = override.partition("=")
             assert equals, f"--set takes key=value, not '{override}'"
             given[key] = value if is_text(kinds.get(key)) else parse_yaml(value)
-        drawn = scales.get(f"{scale}-embedded") if given.get("dataset") == "embedded" else None
-        block = {**(scales[scale] or {}), **(drawn or {})}
+        block = scales[scale] or {}
         values = {key: block[key] for key in block if key not in ("rows", "seeds")} | given
         for key in values:
             fields = ", ".join(kinds)

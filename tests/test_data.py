@@ -61,7 +61,7 @@ def test_a_damaged_packed_file_is_set_aside_and_named(tmp_path, capsys, no_netwo
         if damage == "key":
             del arrays["y_train"]
         np.savez(path, **arrays)
-    with pytest.raises(InputError, match="--data DIR.*--data embedded") as caught:
+    with pytest.raises(InputError, match="--data DIR.*--scale demo") as caught:
         data.load("cifar10", tmp_path, "cpu")
     assert len(str(caught.value).splitlines()) == 1 and str(tmp_path) in str(caught.value)
     assert "is damaged" in capsys.readouterr().out

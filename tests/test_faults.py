@@ -757,7 +757,7 @@ def odd_command(paper, config, chance, folder, large):
     words += ["--plan"] * (chance.random() < 0.8)
     if large and chance.random() < 0.2:  # the networks of the larger scales, on drawn images
         declared = records.read_declared(ROOT / "papers" / f"{paper}.yaml")
-        words = ["--scale", chance.choice(["small", "full", "paper"]), "--data", "embedded",
+        words = ["--scale", chance.choice(["small", "full", "paper"]), "--set", "dataset=embedded",
                  "--rows", chance.choice([*declared["rows"]]), "--plan", *in_folder(folder)]
         words += ["--device", "cpu", "--set", f"batch_size={chance.choice([2, 4, 8])}"]
     for _ in range(chance.choice([1, 1, 1, 2, 3])):

@@ -210,7 +210,7 @@ def test_a_record_says_what_each_training_took(tmp_path, seventh, folders, tiny)
 def test_an_experiment_does_not_mix_with_the_declared_protocol(monkeypatch, seventh, folders):
     suites = []
     monkeypatch.setattr(seventh, "reproduce", lambda run: suites.append(run.suite.name))
-    width, data = ["--set", "width=8"], ["--data", "embedded"]
+    width, data = ["--set", "width=8"], ["--set", "dataset=embedded"]
     for arguments in ([], data, [*data, *width], width, ["--set", "dataset=folder:/a/pets"], ["--set", "dataset=folder:/b/pets"]):
         assert seventh.main(["--scale", "small", "--seeds", "0", *arguments, *folders]) == 0
     assert suites[:4] == ["small", "small-embedded", "small-embedded-custom", "small-custom"]

@@ -112,7 +112,7 @@ def test_without_a_scale_it_is_demo_or_full_with_a_gpu_and_the_data(demo, monkey
     scale, reason = terminal.choose_scale(["one"], root)
     assert scale == "full" and "the data are there: cifar10" in reason
     assert terminal.choose_scale(["one"], root, "cpu")[0] == "demo"
-    assert terminal.choose_scale(["one"], "embedded")[0] == "demo"
+    assert terminal.choose_scale(["one"], "", "auto", "embedded")[0] == "demo"
     assert terminal.choose_scale(["one"], "", "auto", "folder:x")[0] == "full"
     with pytest.raises(records.InputError, match="no data folder"):
         terminal.choose_scale(["one"], str(tmp_path / "none"))
@@ -150,8 +150,20 @@ def test_a_plan_sums_up_trainings_once_and_stays_short():
         ["other0", "1", "row", "0.1", "min", "100", "MB"]]
     assert lines[-1].split() == ["6", "other", "groups", "6", "rows", "0.6", "min", "100", "MB"]
     assert len(lines) == terminal.GROUPS
-    assert terminal.sum_up_plan([{"seconds": 804.0, "rows": 12}] * 2, 3)[0].startswith(
-        "in all: 24 rows, 26.8 min a seed, 80.4 min for 3 seeds")
+    notes = [{"paper": name, "seconds": 804.0, "rows": 12} for name in ("one", "two")]
+    assert terminal.sum_up_plan(notes, ["one"] * 3 + ["two"] * 2)[0].startswith(
+        "in all: 24 rows, 26.8 min for one seed each, 67.0 min for all 5 seeds,")
+    assert terminal.sum_up_plan(notes, ["one", "two"])[0].startswith(
+        "in all: 24 rows, 26.8 min for one seed each, one after")
+
+
+def test_papers_take_turns_through_the_seeds_that_they_declare(tmp_path, monkeypatch):
+    (tmp_path / "papers").mkdir()
+    for name, small in (("one", "{seeds: [0, 1, 2, 3]}"), ("two", "{}"), ("three", "{seeds: [7]}")):
+        (tmp_path / "papers" / f"{name}.yaml").write_text(f"scales: {{small: {small}}}\nrows: {{}}\n")
+    monkeypatch.setattr(terminal, "ROOT", tmp_path)
+    assert terminal.turns(["one", "two", "three"], "small") == [
+        "one 0", "two 0", "three 7", "one 1", "two 1", "one 2", "two 2", "one 3"]
 
 
 @pytest.mark.parametrize("arguments,message", [

@@ -109,8 +109,8 @@ def test_wrong_settings_are_named(settings, override, message):
         settings(override)
 
 
-def test_settings_are_read_as_their_field_wants_them_and_the_drawn_set_has_a_budget_of_its_own(seventh):
-    declared = {"scales": {"small": {"width": 8}, "small-embedded": {"pretext_epochs": 50}}}
+def test_settings_are_read_as_their_field_wants_them(seventh):
+    declared = {"scales": {"small": {"width": 8}}}
 
     def read(*overrides, scale="small"):
         return trainer.read_settings(seventh.Config, declared, scale, 7, overrides)[0]
@@ -118,10 +118,8 @@ def test_settings_are_read_as_their_field_wants_them_and_the_drawn_set_has_a_bud
     config = read("rate=5e-4", "pretext_epochs=3")
     assert (config.rate, config.pretext_epochs, config.seed, config.width) == (5e-4, 3.0, 7, 8)
     assert type(config.pretext_epochs) is float and read().pretext_drops == (0.5,)
-    assert read("dataset=embedded").pretext_epochs == 50 and read("dataset=embedded").width == 8
-    assert read("pretext_epochs=7", "dataset=embedded").pretext_epochs == 7
-    with pytest.raises(InputError, match="unknown scale 'small-embedded'; known: small$"):
-        read(scale="small-embedded")
+    with pytest.raises(InputError, match="unknown scale 'large'; known: small$"):
+        read(scale="large")
     with pytest.raises(AssertionError, match="pretext_drops must be rising fractions"):
         trainer.check({"pretext_drops": (30, 60)})
 
