@@ -3,6 +3,7 @@
 No test label is seen before the final count: the linear probe chooses its penalty on train.
 """
 import contextlib
+import functools
 import hashlib
 import warnings
 
@@ -265,17 +266,18 @@ def enough_labels(labels, row):
 
 
 # A short cut to put into images, for audits
-def resampling_matrix(size, scale):
+@functools.cache  # every training step asks for the same
+def resampling_matrix(size, scale, device="cpu"):
     """(size, size): Lanczos interpolation at positions scaled about the middle."""
     positions = (torch.arange(size) - (size - 1) / 2) / scale + (size - 1) / 2
     distances = positions.clamp(0, size - 1)[:, None] - torch.arange(size)
     weights = torch.sinc(distances) * torch.sinc(distances / 8) * (distances.abs() < 8)
-    return weights / weights.sum(1, keepdim=True)
+    return (weights / weights.sum(1, keepdim=True)).to(device)
 
 
 def add_fringes(images, amount):
     """(N,3,H,W) float -> the same with the green channel magnified: a lens's colour fringes."""
-    rows, columns = (resampling_matrix(side, 1 + amount).to(images.device)
+    rows, columns = (resampling_matrix(side, 1 + amount, images.device)
                      for side in images.shape[-2:])
     green = rows @ images[:, 1] @ columns.T
     return torch.stack([images[:, 0], green, images[:, 2]], 1)

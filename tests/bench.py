@@ -204,7 +204,7 @@ def watched(paper):
         return palettes[0]
 
     script.pretrain, script.make_palette = named, first_palette
-    script.make_mnist_m = lambda run, mnist: run.load("mnist-m")
+    script.make_mnist_m = lambda run, mnist, *variant: run.load("mnist-m")
     for name in PREPARATION.get(paper, ()):
         setattr(script, name, kept(name, getattr(script, name)))
     return script

@@ -174,7 +174,7 @@ def test_own_images_run_from_a_folder_with_spaces(tmp_path, folders):
     """Users bring their own: a folder of odd-shaped images goes through pre-training and a probe into a table."""
     root = write_folder(tmp_path / "my own pictures", classes=("a b", "c"), counts=(20, 6), size=(50, 64), suffix="jpg")
     assert rotation.main(["--scale", "smoke", "--set", f"dataset=folder:{root}", "--set", "pretext_epochs=2",
-                          "--set", "conv_epochs=2", "--set", "batch_size=8", "--rows", "rotnet4/conv", *folders]) == 0
+                          "--set", "conv_epochs=2", "--set", "head_batch_size=8", "--set", "batch_size=8", "--rows", "rotnet4/conv", *folders]) == 0
     (table,) = (tmp_path / "results").glob("smoke*/gidaris_rotation.md")
     assert "rotnet4/conv" in table.read_text()
 
@@ -183,7 +183,7 @@ def test_paper_scale_runs_on_a_stand_in_for_imagenet(tmp_path, folders):
     """AlexNet, random-sized crops, the streaming path: every row of the scale, on two dozen drawn photographs."""
     write_folder(tmp_path / "imagenet", classes=("n1", "n2", "n3"), counts=(8, 3), size=(90, 70), parts=("train", "val"))
     arguments = ["--scale", "paper", "--data", str(tmp_path), "--seeds", "0", "--device", "cpu", *folders]
-    for key, value in dict(width=0.03, batch_size=8, pretext_epochs=0.7, linear_epochs=0.7, nonlinear_epochs=0.7,
+    for key, value in dict(width=0.03, batch_size=8, head_batch_size=8, pretext_epochs=0.7, linear_epochs=0.7, nonlinear_epochs=0.7,
                            precision="float32").items():
         arguments += ["--set", f"{key}={value}"]
     assert rotation.main(arguments) == 0
