@@ -321,6 +321,7 @@ FRINGE = 0.005  # an aberration of half a percent of the distance to the middle 
 VARIANTS = {  # name -> settings that differ from the run's
     "one-patch": {"one_patch": True}, "audit/as-is": {}, "audit/dropping": {"colors": "dropping"},
     "audit/no-jitter": {"jitter": 0}, "audit/no-gap": {"gap": 0, "jitter": 0},
+    "audit/no-jitter-hidden-rims": {"jitter": 0, "hidden_rims": True},
     "audit/no-gap-hidden-rims": {"gap": 0, "jitter": 0, "hidden_rims": True},
     "audit/no-pixelation": {"pixelation": 0.0}, "audit/no-normalization": {"normalization": False},
     "audit/no-color-handling": {"colors": "all"},

@@ -18,8 +18,8 @@ Deviations (official code: github.com/gidariss/FeatureLearningRotNet, commit 853
  6. Scale paper: crops of squares of 256 pixels; 50 epochs and their drops as released (paper: 30).
  7. Convolutions and matrix products run in bfloat16 (--set precision=float32 for the original's).
  8. Left out: Places (Table 6), PASCAL VOC (Table 7).  Fig. 5a has a plain probe, at three points.
- 9. Scale small: narrower, less training, and heads learn from two augmented views of each image,
-    which the frozen trunk encodes once.  Values are not comparable, claims are.
+ 9. Scale small: narrower, less training, supervised no longer than heads, which learn from two
+    views of each image, encoded once.  Values are not comparable, claims are.
 10. Our control, random, has batch-norm statistics of 500 images, as a trained network has.  The
     released code's, random-official, has means of 0, variances of 1 and torch's own weights.
 python -m papers.gidaris_rotation --scale small   # CIFAR-10, two CPU cores: 30 minutes, two seeds

@@ -332,6 +332,7 @@ NETWORKS = ("jigsaw", "random", "supervised")
 FRINGE = 0.005  # an aberration of half a percent of the distance to the middle of the image
 VARIANTS = {  # of the audit: name -> settings that differ from the run's
     "audit/as-is": {}, "audit/no-jitter": {"jitter": False},
+    "audit/no-jitter-hidden-rims": {"jitter": False, "hidden_rims": True},
     "audit/no-gap": {"gap": 0, "jitter": False},
     "audit/no-gap-hidden-rims": {"gap": 0, "jitter": False, "hidden_rims": True},
     "audit/no-normalization": {"normalization": False},

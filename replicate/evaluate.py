@@ -58,15 +58,15 @@ def frozen(module):
 
 
 # Probes on features (N,D) with labels (N,)
-PENALTIES = (0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4)
+PENALTIES = (1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-5)
 
 
 def linear_probe(train_x, train_y, test_x, test_y, penalties=PENALTIES, iterations=20, seed=0):
     """Multinomial logistic regression on standardised features; test accuracy.
 
     The L2 penalty is chosen on a tenth of train: from the largest on, each fit starts from the one
-    before, until the accuracy falls.  Then the model is fitted on all of train.  Where there are
-    fewer held-out samples than classes, the middle penalty is taken.  A UserWarning says when the
+    before, until the accuracy falls.  Then the model is fitted on all of train.  Where fewer than
+    ten samples a class are held out, the middle penalty is taken.  A UserWarning says when the
     first or the last penalty is the best.
     """
     train_y, test_y = train_y.to(train_x.device), test_y.to(test_x.device)
@@ -76,7 +76,7 @@ def linear_probe(train_x, train_y, test_x, test_y, penalties=PENALTIES, iteratio
     classes, penalty, model = int(train_y.max()) + 1, penalties[len(penalties) // 2], None
     order = shuffled_indices(train_y, seed)
     held, kept = order[:len(order) // 10], order[len(order) // 10:]
-    if len(penalties) > 1 and len(held) >= classes:
+    if len(penalties) > 1 and len(held) >= 10 * classes:
         part, held = (train_x[kept], train_y[kept]), (train_x[held], train_y[held])
         best, now = -1.0, None
         for each in penalties:

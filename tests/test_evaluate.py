@@ -56,18 +56,21 @@ def test_linear_probe_chooses_its_penalty_without_the_test_set(monkeypatch):
     original = evaluate._fit_logistic
     monkeypatch.setattr(evaluate, "_fit_logistic", lambda x, y, c, penalty, *rest:
                         seen.append((len(x), penalty)) or original(x, y, c, penalty, *rest))
-    train = clusters(300, spread=3.0)
+    train = clusters(500, spread=3.0)
     for test_labels in (torch.zeros(100, dtype=torch.int64), torch.ones(100, dtype=torch.int64)):
         evaluate.linear_probe(*train, clusters(100, seed=1)[0], test_labels)
     half = len(seen) // 2
     assert seen[:half] == seen[half:] and half >= 3
-    assert [length for length, _ in seen[:half]] == [270] * (half - 1) + [300]
+    assert [length for length, _ in seen[:half]] == [450] * (half - 1) + [500]
     assert [penalty for _, penalty in seen[:half - 1]] == list(evaluate.PENALTIES[:half - 1])
     assert seen[half - 1][1] in evaluate.PENALTIES[:half - 1]
+    seen.clear()  # 39 of 390 held out are fewer than ten a class
+    evaluate.linear_probe(*clusters(390, spread=3.0), *clusters(100, seed=1))
+    assert seen == [(390, evaluate.PENALTIES[len(evaluate.PENALTIES) // 2])] and seen[0][1] == 0.01
 
 
 def test_linear_probe_warns_when_the_best_penalty_is_the_last_one_tried():
-    train, test = clusters(300, spread=3.0), clusters(100, seed=1, spread=3.0)
+    train, test = clusters(500, spread=3.0), clusters(100, seed=1, spread=3.0)
     with pytest.warns(UserWarning, match="best penalty"):
         evaluate.linear_probe(*train, *test, penalties=(1e-3, 1e-4))
     with warnings.catch_warnings():
