@@ -12,8 +12,8 @@ the batch is small) into codes that use all prototypes equally, so that not all 
 cluster.  Every other view of an image has to predict its code by softmax(scores / tau).
 
 Deviations from the paper
- 1. Bilinear crops of squares decoded once (scale paper: the middle 256 pixels), from means of 2 x 2
-    pixels or more if half as large as their boxes; boxes longer than the image are cut off.
+ 1. Bilinear crops of squares decoded once (scale paper: the middle 256 pixels), antialiased alike
+    for all boxes of one crop size; boxes longer than the image are cut off.
     Colours change in one order and are clipped once, hue about the grey axis; but for scale paper
     half as much, and without blur.
  2. Batch-norm, Sinkhorn and queue span all ranks (official code: 8 GPUs, all, one).
@@ -126,14 +126,16 @@ def multi_crop(images, sizes, counts, scales, generator):
 
     A crop shows a random box, another of each image: `scales` holds the least and largest share of
     the image's area for each size, its width is 3/4 to 4/3 of its height; half are mirrored.
-    A size that shrinks a usual box to half or less is cut from an image of means.
+    Where the usual box has 1.25 or more pixels for one of the crop's, crops are cut from an image
+    made as much smaller with antialiasing, so that fine stripes become grey, not coarse ones.
     """
     crops, device = [], images.device
     for size, count, (low, high) in zip(sizes, counts, scales):
         pixels = (torch.arange(size, device=device) + 0.5) / size - 0.5  # from the box's centre
-        shrunk = max(1, int(images.shape[-1] * ((low + high) / 2) ** 0.5 / size))
-        source = images if shrunk == 1 else F.adaptive_avg_pool2d(
-            images, [side // shrunk for side in images.shape[-2:]])
+        ratio = images.shape[-1] * ((low + high) / 2) ** 0.5 / size  # of the usual box to the crop
+        source = images if ratio < 1.25 else F.interpolate(
+            images, [round(side / ratio) for side in images.shape[-2:]], mode="bilinear",
+            antialias=True)
         for _ in range(count):
             area, aspect, x, y = torch.rand(4, len(images), generator=generator, device=device)
             mirror = torch.rand(len(images), generator=generator, device=device) < 0.5

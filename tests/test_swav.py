@@ -326,23 +326,24 @@ def test_crops_lie_inside_the_image_and_each_has_its_own_place():
 
 def test_a_crop_is_what_slicing_and_resizing_give(monkeypatch):
     image = torch.rand(1, 3, 16, 16, generator=generator())
-    area = 3 / 16  # with the least ratio, 3/4, a box 3/8 wide and 1/2 high, its middle at (7/16, 1/2)
-    drawn = [torch.tensor([[area], [0.0], [0.4], [0.5]]), torch.tensor([0.9])] + [
-        torch.tensor([[area], [0.0], [0.4], [0.5]]), torch.tensor([0.1])]
+    # An area of 3/16; with the least ratio, 3/4, a box 3/8 wide and 1/2 high, its middle at (7/16, 1/2).
+    drawn = [torch.tensor([[0.5], [0.0], [0.4], [0.5]]), torch.tensor([0.9])] + [
+        torch.tensor([[0.5], [0.0], [0.4], [0.5]]), torch.tensor([0.1])]
     monkeypatch.setattr(torch, "rand", lambda *shape, **options: drawn.pop(0))
-    crop = swav.multi_crop(image, (8,), (2,), [(0, 1)], generator())
+    crop = swav.multi_crop(image, (8,), (2,), [(0, 3 / 8)], generator())
     window = F.interpolate(image[:, :, 4:12, 4:10], (8, 8), mode="bilinear")
     inner = slice(2, -2)  # at the window's edge a crop sees the pixels beyond
     for each in (crop[0], crop[1].flip(3)):  # the second one is mirrored
         torch.testing.assert_close(each[..., inner, inner], window[..., inner, inner], rtol=0, atol=1e-5)
 
 
-def test_a_size_that_shrinks_its_boxes_is_cut_from_an_image_of_means():
+def test_a_size_that_shrinks_its_boxes_is_cut_from_an_antialiased_image():
+    """Of stripes one pixel wide a crop of 3/4 of the image's length or less shows grey; a box of the crop's size shows the stripes."""
     stripes = (torch.arange(32) % 2).float().expand(20, 3, 32, 32)
-    for size, (least, most) in ((12, (0.49, 0.51)), (16, (0.49, 0.51)), (24, (0, 1))):
-        (crop,) = swav.multi_crop(stripes, (size,), (1,), [(1, 1)], generator())
-        assert (float(crop.min()) >= least) and (float(crop.max()) <= most)
-        assert size < 24 or float(crop.std()) > 0.2  # hardly shrunk: the stripes are there
+    contrast = {size: float(swav.multi_crop(stripes, (size,), (1,), [(1, 1)], generator())[0].std()) for size in (8, 16, 20, 25, 26, 32)}
+    assert max(contrast[8], contrast[16], contrast[20]) < 0.05 and contrast[25] < 0.15 and min(contrast[26], contrast[32]) > 0.25, contrast
+    small = swav.multi_crop(stripes, (32, 8), (1, 1), [(0.5, 1), (0.04, 0.08)], generator())[1]
+    assert float(small.std()) > 0.25  # boxes of 8 pixels
     places = swav.multi_crop(coordinates(200, 32), (8,), (1,), [(0.3, 1.0)], generator())[0][:, :2]
     assert 0 < float(places.min()) < 0.07 and 0.93 < float(places.max()) < 1  # of the whole image
 
