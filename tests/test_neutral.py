@@ -17,7 +17,7 @@ CHANGES = {  # name -> (file, old text, new text, the rows that it touches)
     "schedule": (TRAINER, "progress >= drop", "progress > drop", [TRAINED]),
     "neighbours": (EVALUATE, "k=20", "k=21", [KNN]),
     "temperature": (EVALUATE, "temperature=0.07", "temperature=0.08", [KNN]),
-    "penalty not chosen": (EVALUATE, "(1e-4, 1e-3, 1e-2)", "(1e-4, 1.1e-3, 1e-2)", [LINEAR]),
+    "penalty not chosen": (EVALUATE, "(1.0, 0.3, 0.1,", "(1.01, 0.3, 0.1,", [LINEAR]),
     "calibration": (EVALUATE, "count=500", "count=400", [KNN, LINEAR]),
     "AlexNet's stride": (SCRIPT, "c64, 11, stride=4", "c64, 11, stride=3", []),  # not at smoke
 }
