@@ -238,8 +238,9 @@ def look(folder, stem, papers, reference=None):
     declared = records.read_declared(script)
     view, published = View(folder, stem, declared), declared["rows"]
     unknown = sorted({record["row"] for record in found} - published.keys())
-    warnings += [f"{folder.name}/{stem}.jsonl: {stem}.yaml has no row {row!r}, its records are "
-                 "left out" for row in unknown if published]
+    if published and unknown:
+        warnings.append(f"{folder.name}/{stem}.jsonl: left out are records of rows that {stem}.yaml "
+                        f"does not have: {', '.join(unknown)}")
     today = records.code_hash(script)
     changes = read_lines(stem, papers.parent / "results" / "neutral.jsonl")
     view.rows = {row: summarize_row([record for record in found if record["row"] == row],

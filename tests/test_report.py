@@ -395,7 +395,7 @@ def test_records_without_script_or_row_are_a_warning(project, capsys):
     (project / "results/small/lost.jsonl").write_text("{}\n")
     files = render(project / "results", project / "papers")
     warned = capsys.readouterr().err
-    for words in ("lost.py", "'retired'", "lost.jsonl line 1: not a record, skipped"):
+    for words in ("lost.py", "does not have: retired", "lost.jsonl line 1: not a record, skipped"):
         assert words in warned
     assert "lost.md" not in {path.name for path in files}
 
