@@ -35,9 +35,10 @@ def some_network(mean=0.0, layers=dann.digit_layers, classes=10, side=28):
 
 
 def untrained_of(run):
-    """The network of the pair before its first step."""
+    """The network of the pairs with MNIST as source before its first step."""
     mean = some_domains().mean
-    return run.build(dann.DomainAdversarialNetwork, dann.digit_layers, 10, mean, purpose=f"{PAIR}/init")
+    return run.build(dann.DomainAdversarialNetwork, dann.digit_layers, 10, mean,
+                     purpose="mnist/digit_layers/28/init")
 
 
 def some_images(count=20, channels=3, size=28, seed=0):
@@ -371,14 +372,15 @@ def test_without_the_released_set_its_rows_are_left_out_and_with_it_they_run(
     small_mnist(tmp_path, write_packed, monkeypatch)
     arguments = ["--scale", "full", "--seeds", "0", "--device", "cpu", "--set", "steps=2",
                  "--set", "batch_size=8", *folders,
-                 "--rows", "mnist-released-*,mnist-binarised/dann,mnist-sharedbackgrounds/dann"]
+                 "--rows", "mnist-released-*,mnist-binarised/dann,mnist-mnistm/dann/shared-backgrounds"]
 
     def rows():
         lines = [json.loads(line) for path in (tmp_path / "results").rglob("dann.jsonl")
                  for line in path.read_text().splitlines()]
         return {line["row"] for line in lines if line["status"] == "ok"}
 
-    assert dann.main(arguments) == 0 and rows() == {"mnist-binarised/dann", "mnist-sharedbackgrounds/dann"}
+    assert dann.main(arguments) == 0
+    assert rows() == {"mnist-binarised/dann", "mnist-mnistm/dann/shared-backgrounds"}
     out, error = capsys.readouterr()
     assert not error and [line for line in out.splitlines() if "left out" in line] == [
         f"mnist-released-*: left out, {tmp_path / 'mnist_m'} does not hold the released set"]
@@ -387,7 +389,59 @@ def test_without_the_released_set_its_rows_are_left_out_and_with_it_they_run(
     assert dann.main(arguments) == 0 and len(rows()) == 8
 
 
+def test_rows_with_shared_backgrounds_measure_the_networks_of_the_pair_itself(
+        tmp_path, write_packed, monkeypatch, folders):
+    """Nothing else is trained; these rows see test digits on red pictures, the others on green ones."""
+    small_mnist(tmp_path, write_packed, monkeypatch)
+    seen, measure, fit, fitted = {}, dann.accuracy, trainer.Run.fit, []
+    rows = [f"{PAIR}/{method}{more}" for method in ("source-only", "dann") for more in ("", "/shared-backgrounds")]
+
+    def accuracy(run, model, test):
+        seen[run.asked[0]] = model, test
+        return measure(run, model, test)
+
+    monkeypatch.setattr(dann, "accuracy", accuracy)
+    monkeypatch.setattr(trainer.Run, "fit", lambda run, name, *rest, **options: fitted.append(
+        name) or fit(run, name, *rest, **options))
+    monkeypatch.setattr(dann, "figures", lambda *arguments: None)
+    assert dann.main(["--scale", "small", "--seeds", "0", "--device", "cpu", "--set", "steps=3",
+                      "--set", "batch_size=8", "--rows", ",".join(rows), *folders]) == 0
+    assert seen.keys() == {*rows} and {*fitted} == {f"{PAIR}/source-only", f"{PAIR}/dann"}
+    below = image_data.load("mnist", tmp_path, "cpu").test.images[:, 0] < 20
+    for plain, shared in (rows[:2], rows[2:]):
+        (model, own), (again, other) = seen[plain], seen[shared]
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+        assert torch.equal(own.labels, other.labels)
+        assert (own.images[:, 1][below] > 150).all() and (other.images[:, 0][below] > 150).all()
+
+
 # Training
+def test_pairs_with_the_same_source_begin_with_the_same_weights_and_source_batches(tmp_path, monkeypatch):
+    """At 28 pixels and with the same network; the target's batches are the pair's."""
+    begun = {}
+
+    def fit(run, name, model, loss, batches, **options):
+        first = [part for _, batch in zip(range(2), batches(0)) for part in batch]
+        begun[name] = [value.clone() for value in model.state_dict().values()], first
+
+    monkeypatch.setattr(trainer.Run, "fit", fit)
+    run, domains = some_run(tmp_path), some_domains()
+    pairs = [name for name, (source, *_, side) in dann.PAIRS.items() if source.startswith("mnist") and side == 28]
+    assert len(pairs) == 6
+    for pair in pairs:
+        mean = torch.rand(3, 28, 28)  # the pair's own
+        for method in ("source-only", "dann"):
+            dann.pretrain(run, domains._replace(mean=mean), run.config, f"{pair}/{method}")
+    weights, (source, target, later, _) = begun.pop(f"{PAIR}/source-only")
+    for name, (others, (first, second, third, _)) in begun.items():
+        assert all(torch.equal(a, b) for a, b in zip(weights, others))
+        for ours, theirs in ((source, first), (later, third)):
+            assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+        assert torch.equal(target[0], second[0]) == name.startswith(PAIR)
+    dann.pretrain(run, domains, run.config, "usps-mnist/dann")
+    assert not torch.equal(begun["usps-mnist/dann"][1][0][0], source[0])
+
+
 def trained(folder, method, domains=None, **settings):
     run = some_run(folder, **{"steps": 6, "batch_size": 16, **settings})
     return dann.pretrain(run, domains or some_domains(), run.config, f"{PAIR}/{method}").model, run
@@ -524,7 +578,9 @@ def test_smoke_runs_every_row_and_keeps_to_deterministic_operations(tmp_path, fo
     (path,) = (tmp_path / "results").rglob("dann.jsonl")
     records = [json.loads(line) for line in path.read_text().splitlines()]
     rows = {record["row"] for record in records}
-    assert {row for row in DECLARED["rows"] if row.startswith(PAIR)} - rows <= {f"{PAIR}/dann/gap-closed"}
+    missing = {row for row in DECLARED["rows"] if row.startswith(PAIR)} - rows
+    shared = {f"{PAIR}/{method}/shared-backgrounds" for method in ("source-only", "dann")}
+    assert shared <= missing <= {*shared, f"{PAIR}/dann/gap-closed"}  # a texture for each drawn digit
     history = next(record["history"] for record in records if record["row"] == f"{PAIR}/dann")
     assert set(history) == {"loss", "label", "domain"} and history["domain"][-1][0] == 5
     names = {file.name for file in path.parent.iterdir()}
