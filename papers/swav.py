@@ -12,10 +12,10 @@ the batch is small) into codes that use all prototypes equally, so that not all 
 cluster.  Every other view of an image has to predict its code by softmax(scores / tau).
 
 Deviations from the paper
- 1. Bilinear crops of squares decoded once (scale paper: the middle 256 pixels), antialiased alike
-    for all boxes of one crop size; boxes longer than the image are cut off.
-    Colours change in one order and are clipped once, hue about the grey axis; but for scale paper
-    half as much, and without blur.
+ 1. Bilinear crops of squares decoded once (scale paper: the middle 256 pixels), antialiased only
+    where a size shrinks its usual box by 1.25 or more: of the scales here, in demo's small crops.
+    Boxes longer than the image are cut off.  Colours change in one order and are clipped once, hue
+    about the grey axis; but for scale paper half as much, and without blur.
  2. Batch-norm, Sinkhorn and queue span all ranks (official code: 8 GPUs, all, one).
  3. DeepCluster-v2's memory of z starts from whole images; clusters are looked up image by image.
  4. SimCLR, a control of ours, compares every crop with the large crops of all images.  In public
@@ -28,8 +28,8 @@ Deviations from the paper
  8. bfloat16 multiplications; norms, scores, codes and losses in float32.
  9. Left out: transfer to other data sets, SeLa-v2, uncurated images.
 10. Scale small: images of 64 pixels, a narrow ResNet-10, 60 epochs in batches of 256 (paper: 800
-    of ImageNet); rate and epsilon chosen for SwAV on a slice of train, the other arms take them
-    over.  Claims are comparable, values are not.
+    of ImageNet); pretext_rate and epsilon chosen for SwAV, which the other arms take over, rates
+    of labels for each arm; all on a slice of train.  Claims are comparable, values are not.
 
 Run:  python -m papers.swav --scale small        (Imagenette, two CPU cores: 45 minutes a seed)
 Result, small: swav/knn20 41.9 +- 1.3 against random/knn20 29.2 (n = 3); paper, full training: 65.7
@@ -87,10 +87,11 @@ class Config:
     weight_decay: float = 1e-6          # official code
     patience: float = 2.0               # ours: epochs of collapse that end a run; 0: none ends it
     supervised_epochs: float = 40.0     # ours: with all labels, from scratch
-    supervised_rate: float = 0.1        # ours: from scratch, any number of labels
+    supervised_rate: float = 0.1        # ours: with all labels, from scratch
     label_batch: int = 64               # ours: paper 256
     label_passes: tuple[float, ...] = (100.0, 20.0)     # ours: epochs of 1 %, 10 % of labels
     label_rates: tuple[float, ...] = (0.03, 0.03)       # ours: official code 0.02 and 0.01
+    scratch_rates: tuple[float, ...] = (0.1, 0.1)       # ours: the same, from scratch
     head_factors: tuple[float, ...] = (10.0, 10.0)      # ours: official code 250 and 20
     label_decay: float = 5e-4           # ours: official code 0
     checkpoint: str = ""                # --evaluate: the file of the network
@@ -115,8 +116,9 @@ class Config:
             assert getattr(self, name) > 0, f"{name} must be above 0"
         for name in "jitter grey blur warmup".split():
             assert getattr(self, name) <= 1, f"{name} is a share, at most 1"
-        for pair in (self.label_passes, self.label_rates, self.head_factors):
-            assert len(pair) == 2 and min(pair) > 0, f"{pair} of label_...: two numbers above 0"
+        for name in "label_passes label_rates scratch_rates head_factors".split():
+            pair = getattr(self, name)
+            assert len(pair) == 2 and min(pair) > 0, f"{name} {pair}: two numbers above 0"
 
 
 # ---- The idea: many crops of an image, and codes that use all prototypes equally ----
@@ -126,8 +128,7 @@ def multi_crop(images, sizes, counts, scales, generator):
 
     A crop shows a random box, another of each image: `scales` holds the least and largest share of
     the image's area for each size, its width is 3/4 to 4/3 of its height; half are mirrored.
-    Where the usual box has 1.25 or more pixels for one of the crop's, crops are cut from an image
-    made as much smaller with antialiasing, so that fine stripes become grey, not coarse ones.
+    A size that shrinks its usual box by 1.25 or more is cut from an image shrunk with antialiasing.
     """
     crops, device = [], images.device
     for size, count, (low, high) in zip(sizes, counts, scales):
@@ -413,7 +414,7 @@ def classify(run, data, row, encoder):
     if percent:
         train = train.take(share_of_labels(train.labels, int(percent) / 100, run.seed))
         place = ("1", "10").index(percent)
-        epochs = config.label_passes[place]
+        epochs, rate = config.label_passes[place], config.scratch_rates[place]
     if percent and name != "supervised":
         rate, head_factor = config.label_rates[place], config.head_factors[place]
     model = evaluate.Classifier(copy.deepcopy(encoder), data.classes).train()

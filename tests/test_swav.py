@@ -562,11 +562,11 @@ def test_a_share_of_the_labels_is_a_share_of_every_class():
 
 
 @pytest.mark.parametrize("row,rate,factor,images,passes", [
-    ("supervised", 0.1, 1, 64, 3), ("supervised/percent10", 0.1, 1, 10, 8), ("swav/percent1", 0.02, 250, 10, 60),
-    ("swav/percent10", 0.01, 20, 10, 8)])
+    ("supervised", 0.1, 1, 64, 3), ("supervised/percent1", 0.04, 1, 10, 60), ("supervised/percent10", 0.05, 1, 10, 8),
+    ("swav/percent1", 0.02, 250, 10, 60), ("swav/percent10", 0.01, 20, 10, 8)])
 def test_what_a_classifier_starts_from_and_is_trained_by(tmp_path, monkeypatch, row, rate, factor, images, passes):
     run, seen = some_run(tmp_path, label_rates=[0.02, 0.01], head_factors=[250, 20], label_passes=[60, 8], supervised_rate=0.1,
-                         supervised_epochs=3), []
+                         scratch_rates=[0.04, 0.05], supervised_epochs=3), []
     monkeypatch.setattr(run, "fit", lambda *given, **options: seen.append((*given[:2], options)))
     encoder = some_network(run).encoder
     swav.classify(run, some_data(), row, encoder)
@@ -582,7 +582,7 @@ def test_what_a_classifier_starts_from_and_is_trained_by(tmp_path, monkeypatch, 
     ("crop_sizes=[32]", "as many crop_counts"), ("crop_sizes=[32, 16]", "at least 17 pixels"),
     ("crop_counts=[3, 2]", "two of the first"), ("crop_scales=[0.5, 0.2, 0.1, 0.2]", "least and largest share"),
     ("epsilon=0", "above 0"), ("prototypes=1", "at least 2"),
-    ("queue=8", "at least the batch size"), ("label_passes=[3]", "two numbers"), ("blur=2", "at most 1"), ("patience=-1", "not be negative"),
+    ("queue=8", "at least the batch size"), ("label_passes=[3]", "label_passes .* two numbers"), ("blur=2", "at most 1"), ("patience=-1", "not be negative"),
     ("batch_size=1", "at least 2"),
 ])
 def test_wrong_settings_are_named(override, message):
