@@ -30,7 +30,7 @@ Deviations from the paper
 7. Left out: Office-31.  The shallow network, its moons and Amazon reviews are in dann_shallow.py.
 8. Training multiplies in bfloat16 (float32 takes twice as long on a CPU).  Scale small trains less.
 
-Run:  python -m papers.dann --scale small   (MNIST, USPS; one CPU core: 45 minutes a seed)
+Run:  python -m papers.dann --scale small   (MNIST, USPS; one CPU core: 50 minutes a seed)
       python -m papers.dann --rows 'own/*' --set source=folder:A --set target=folder:B
 Result, small: mnist-mnistm/dann 59.2 +- 3.7 against mnist-mnistm/source-only 46.9 (n = 3); paper,
 full training: 76.66
