@@ -80,13 +80,18 @@ if [ -z "$scale" ]; then
 fi
 turns=()  # "paper seed": seed 0 of every paper first, since it always leaves whole tables
 if [ -n "$seeds" ]; then
-    for seed in ${seeds//,/ }; do for paper in "${papers[@]}"; do turns+=("$paper $seed"); done; done
+    for seed in ${seeds//,/ }; do
+        for paper in "${papers[@]}"; do turns+=("$paper $seed"); done
+    done
 else
     declared=$("$python" -m replicate.terminal turns "$scale" "${papers[@]}") || exit $?
     while read -r turn; do turns+=("$turn"); done <<<"$declared"
 fi
 work="${turns[*]}"
-[ ${#plan[@]} = 0 ] || { turns=("${turns[@]:0:${#papers[@]}}"); echo "Plan of scale $scale, timed here:"; }
+if [ ${#plan[@]} -gt 0 ]; then  # of one seed each
+    turns=("${turns[@]:0:${#papers[@]}}")
+    echo "Plan of scale $scale, timed here:"
+fi
 share=$((cores / jobs > 0 ? cores / jobs : 1))
 [ "$jobs" = 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$share} REPLICATE_PLAIN=1
 REPLICATE_LEDGER=$(mktemp) || fail "no room for a temporary file"

@@ -369,12 +369,11 @@ def feature_maps(run, encoder, config, images):
 
 def plain_probes(run, encoder, config, rows, train, test):
     """{row: accuracy} of rows <network>/conv<block>/<linear, knn or labels<number a class>>."""
-    kinds = {row: (int(layer[-1]), evaluate.labels_of(row) or kind)
-             for row in rows for layer, kind in [row.split("/")[-2:]]}
     maps = partial(feature_maps, run, encoder, config)
     evaluate.recalibrate(encoder, maps, train)  # batch-norm statistics of whole images
     with evaluate.frozen(encoder):
-        return evaluate.probe(maps, kinds, train, test, config.probe_cells, run.seed)
+        return evaluate.probe(maps, evaluate.blocks_and_kinds(rows), train, test,
+                              config.probe_cells, run.seed)
 
 
 def train_classifier(run, data, row, encoder, rate):

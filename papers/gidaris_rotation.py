@@ -491,10 +491,10 @@ def rotation_accuracy(run, model, name, test):
 
 
 def block_probes(run, model, rows, train, test):
-    """{row: (block, "linear" or "knn")} -> {row: accuracy} of plain probes on a frozen network."""
+    """{row: accuracy} of rows <network>/block<number>/<linear or knn>."""
     with evaluate.frozen(model):
-        return evaluate.probe(partial(central_maps, run, model), rows, train, test,
-                              run.config.probe_cells, run.seed)
+        return evaluate.probe(partial(central_maps, run, model), evaluate.blocks_and_kinds(rows),
+                              train, test, run.config.probe_cells, run.seed)
 
 
 def reproduce(run):
@@ -536,9 +536,7 @@ def reproduce(run):
                 figures(run, trained.model, data.test)
             run.record(row, partial(rotation_accuracy, run, trained.model, name), data.test,
                        after=[trained])
-        rows = {f"{name}/block{block}/{kind}": (block, kind)
-                for block in (1, 2, 3, 4) for kind in ("linear", "knn")}
-        if rows := {row: rows[row] for row in run.wants(*rows)}:
+        if rows := run.wants(f"{name}/block?/linear", f"{name}/block?/knn"):
             trained = network(run, data, name)
             run.record(rows, partial(block_probes, run, trained.model, rows), data.train, data.test,
                        after=[trained])

@@ -430,12 +430,11 @@ def block_maps(run, model, images):
 
 def probe_blocks(run, model, rows, train, test):
     """{row: accuracy} of rows <network>/block<number>/<linear or labels<number a class>>."""
-    kinds = {row: (int(block[-1]), evaluate.labels_of(row) or kind)
-             for row in rows for block, kind in [row.split("/")[-2:]]}
     maps = partial(block_maps, run, model)
     evaluate.recalibrate(model, maps, train)  # the random network has no statistics of its own
     with evaluate.frozen(model):
-        return evaluate.probe(maps, kinds, train, test, run.config.probe_cells, run.seed)
+        return evaluate.probe(maps, evaluate.blocks_and_kinds(rows), train, test,
+                              run.config.probe_cells, run.seed)
 
 
 def fit_classifier(run, data, row, model):

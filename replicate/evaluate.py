@@ -136,6 +136,12 @@ def low_shot(train_x, train_y, test_x, test_y, shots, seed=0):
             for k, part in parts.items()}
 
 
+def blocks_and_kinds(rows):
+    """Rows .../<layer><number>/<linear, knn or labels<number>> -> the `rows` that `probe` takes."""
+    parts = {row: row.split("/")[-2:] for row in rows}
+    return {row: (int(layer[-1]), labels_of(row) or kind) for row, (layer, kind) in parts.items()}
+
+
 def probe(maps, rows, train, test, cells=4, seed=0):
     """{row: accuracy} of plain probes on feature maps averaged to at most cells x cells.
 

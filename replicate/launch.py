@@ -148,9 +148,8 @@ def runs(script, Config, options, rows, always):
         run = Run(script, dataclasses.replace(config, seed=seed), options.scale,
                   {name: declared["rows"][name] for name in names}, device, only=only,
                   suite=suite_name(options.scale, config, own, options.overrides),
-                  results=options.results,
-                  runs=options.runs, data=options.data, force=options.force,
-                  scale_rows=block.get("rows", ["*"]), plan=options.plan,
+                  results=options.results, runs=options.runs, data=options.data,
+                  force=options.force, scale_rows=block.get("rows", ["*"]), plan=options.plan,
                   quiet=options.quiet)
         run.left_out = left_out
         todo, have = run.wants("*"), len(records.matching(names, run.scale_rows))

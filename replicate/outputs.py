@@ -62,7 +62,7 @@ def save_image(tensor, path, **layout):
     """
     buffer = io.BytesIO()
     if os.environ.get("RANK", "0") == "0":
-        from torchvision import utils
+        from torchvision import utils  # see make_grid
 
         utils.save_image(tensor, buffer, format="png", **layout)
         write(Path(path), buffer.getbuffer())

@@ -239,14 +239,14 @@ def look(folder, stem, papers, reference=None):
     view, published = View(folder, stem, declared), declared["rows"]
     unknown = sorted({record["row"] for record in found} - published.keys())
     if published and unknown:
-        warnings.append(f"{folder.name}/{stem}.jsonl: left out are records of rows that {stem}.yaml "
-                        f"does not have: {', '.join(unknown)}")
+        warnings.append(f"{folder.name}/{stem}.jsonl: left out are records of rows that "
+                        f"{stem}.yaml does not have: {', '.join(unknown)}")
     today = records.code_hash(script)
     changes = read_lines(stem, papers.parent / "results" / "neutral.jsonl")
     view.rows = {row: summarize_row([record for record in found if record["row"] == row],
                                     lambda record: not unmarked(record, today, changes))
                  for row in published}
-    block = declared["scales"].get(view.scale) or {}
+    block = declared["scales"].get(view.scale, {})
     here = records.matching(published, block.get("rows", ["*"]))
     view.shown = [row for row, entry in published.items()
                   if row in here and entry.get("where")  # one for users' own files, once it is run

@@ -126,17 +126,19 @@ def recorded_data(paper, scale):
     return {name for record in found for name in record.get("data", {})}
 
 
+def scales_of(paper):
+    """{scale: settings, rows and seeds} as the paper's YAML declares them."""
+    return records.read_declared(ROOT / "papers" / f"{paper}.yaml")["scales"]
+
+
 def having(papers, scale):
     """Those of the papers whose YAML declares the scale."""
-    return [paper for paper in papers
-            if scale in records.read_declared(ROOT / "papers" / f"{paper}.yaml")["scales"]]
+    return [paper for paper in papers if scale in scales_of(paper)]
 
 
 def turns(papers, scale):
     """["paper seed", ...] in the order of work: the first seed of every paper, then the second."""
-    declared = {paper: records.read_declared(ROOT / "papers" / f"{paper}.yaml")["scales"]
-                for paper in papers}
-    seeds = {paper: scales.get(scale, {}).get("seeds", [0]) for paper, scales in declared.items()}
+    seeds = {paper: scales_of(paper).get(scale, {}).get("seeds", [0]) for paper in papers}
     return [f"{paper} {seeds[paper][number]}" for number in range(max(map(len, seeds.values())))
             for paper in papers if number < len(seeds[paper])]
 
@@ -149,7 +151,8 @@ def choose_scale(papers, data="", device="auto", dataset=""):
         raise InputError(f"no data folder {data}: give another with --data DIR; scale demo needs "
                          "none")
     root = image_data.data_root(data)
-    lacking = sorted({*papers} - {*having(papers, "demo")}, key=papers.index)
+    there = having(papers, "demo")
+    lacking = [paper for paper in papers if paper not in there]
     if dataset == "embedded":
         why = "drawn images were asked for"
     elif device == "cpu" or not torch.cuda.is_available():

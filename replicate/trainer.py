@@ -121,7 +121,7 @@ def read_settings(Config, declared, scale, seed=0, overrides=()):
             key, equals, value = override.partition("=")
             assert equals, f"--set takes key=value, not '{override}'"
             given[key] = value if is_text(kinds.get(key)) else parse_yaml(value)
-        block = scales[scale] or {}
+        block = scales[scale]
         values = {key: block[key] for key in block if key not in ("rows", "seeds")} | given
         for key in values:
             fields = ", ".join(kinds)
@@ -407,8 +407,8 @@ class Run:
         path = self.folder / f"{purpose.replace('/', '_')}.pt"
         identity = {"run": self.hash, "data": dict(self.sha256), "purpose": purpose}
         step, seconds, trace, codes, kept = 0, 0.0, {}, {self.provenance["code"]}, {}
-        state = None if self.plan else self.read_checkpoint(path, identity, model, optimizer, steps)
-        if state and {at for at in keep if at <= state["step"]} <= state["kept"].keys():
+        needed = model, optimizer, steps, keep
+        if state := None if self.plan else self.read_checkpoint(path, identity, *needed):
             kept = state["kept"]
             model.load_state_dict(state["model"])
             step, seconds, trace = state["step"], state["seconds"], state["trace"]
@@ -510,8 +510,9 @@ class Run:
         asked = torch.tensor(float(self.stop), device=self.device)
         return bool(over_ranks(asked, dist.ReduceOp.MAX))
 
-    def read_checkpoint(self, path, identity, model, optimizer, steps):
-        """The state saved for this very training, or None; one that is damaged is set aside."""
+    def read_checkpoint(self, path, identity, *needed):
+        """The state saved for this very training, or None; one that is damaged, or does not fit
+        what is needed (see `fits`), is set aside."""
         if not path.exists():
             return None
         try:
@@ -519,7 +520,7 @@ class Run:
                 reason = f"damaged ({part})"
             else:
                 state = torch.load(path, map_location=self.device, weights_only=True)
-                if state["identity"] == identity and fits(state, model, optimizer, steps):
+                if state["identity"] == identity and fits(state, *needed):
                     return state
                 reason = "made by another run or by other code"
         except Exception as error:  # rubbish can make torch.load raise nearly anything
@@ -537,7 +538,7 @@ class Run:
                              "delete it") from None
 
 
-def fits(state, model, optimizer, steps):
+def fits(state, model, optimizer, steps, keep):
     """Whether training can go on from a state; not after an edit of the network, for example.
 
     It is asked before anything is loaded, since a failed load leaves half of the weights changed.
@@ -548,12 +549,13 @@ def fits(state, model, optimizer, steps):
     def groups(saved):
         return [({*group}, group["params"]) for group in saved["param_groups"]]
 
-    step, weights = state["step"], state["model"]
+    step, weights, kept = state["step"], state["model"], state["kept"]
     return (step in range(1, steps + 1) and math.isfinite(state["seconds"])
             and all(len(values) == steps for values in state["trace"].values())
             and all(isinstance(code, str) for code in state["codes"])
             and all(shapes(each) == shapes(model.state_dict())
-                    for each in (weights, *state["kept"].values()))
+                    for each in (weights, *kept.values()))
+            and {at for at in keep if at <= step} <= kept.keys()
             and all(value.isfinite().all() for value in weights.values() if torch.is_tensor(value))
             and (step == steps or groups(state["optimizer"]) == groups(optimizer.state_dict())))
 

@@ -71,8 +71,9 @@ def test_linear_probe_chooses_its_penalty_without_the_test_set(monkeypatch):
 
 def test_linear_probe_warns_when_the_best_penalty_is_the_last_one_tried():
     train, test = clusters(500, spread=3.0), clusters(100, seed=1, spread=3.0)
-    with pytest.warns(UserWarning, match="best penalty"):
+    with pytest.warns(UserWarning, match="best penalty") as noticed:
         evaluate.linear_probe(*train, *test, penalties=(1e-3, 1e-4))
+    assert len(noticed) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         evaluate.linear_probe(*train, *test, penalties=(1e-2,))  # nothing to choose
@@ -106,6 +107,12 @@ def test_features_come_in_eval_mode_in_order_and_leave_the_network_as_it_was():
     torch.testing.assert_close(features, encoder.eval()(images).flatten(1).detach())
     split = Resident(images, torch.zeros(23))
     torch.testing.assert_close(evaluate.extract_features(encoder, split, batch_size=4), features)
+
+
+def test_rows_name_the_block_and_the_kind_of_their_probe():
+    rows = ["x/conv4/linear", "x/after5/block2/knn", "x/block1/labels20"]
+    assert evaluate.blocks_and_kinds(rows) == {rows[0]: (4, "linear"), rows[1]: (2, "knn"),
+                                               rows[2]: (1, 20)}
 
 
 def test_low_shot_uses_k_of_each_class_and_grows():
