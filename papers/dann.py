@@ -368,10 +368,9 @@ def reproduce_pair(run, data, pair):
 
 def reproduce(run):
     """Every row of one seed; a pair whose data are missing does not stop the others."""
-    root, released = image_data.data_root(run.data_folder), run.wants("mnist-released-*")
-    if released and "mnist-m" not in image_data.on_disk(root):
-        run.say(f"mnist-released-*: left out, {root / 'mnist_m'} does not hold the released set")
-        run.settled.update(released)
+    root, released = image_data.data_root(run.data_folder), "mnist-released-*"
+    if run.wants(released) and "mnist-m" not in image_data.on_disk(root):
+        run.leave_out(released, f"{root / 'mnist_m'} does not hold the released set", optional=True)
     for pair in PAIRS:
         if run.wants(f"{pair}/*"):
             try:

@@ -296,9 +296,12 @@ class Run:
                       if row not in self.settled and (self.force or not self.recorded(row))]
         return list(self.asked)
 
-    def leave_out(self, rows, reason):
-        """Go on without rows (a glob) whose data are missing; the exit status will be 2."""
+    def leave_out(self, rows, reason, optional=False):
+        """Go on without rows (a glob) whose data are missing; unless they are optional the exit
+        status will be 2."""
         self.settled.update(self.wants(rows))
+        if optional:
+            return self.say(f"{rows}: left out, {reason}")
         if self.rank == 0 and self.left_out.get(rows) != str(reason):
             print(f"error: {rows} left out: {reason}", file=sys.stderr, flush=True)
         self.left_out[rows] = str(reason)
