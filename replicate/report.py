@@ -316,15 +316,15 @@ def render_claims(view):
     lines, reference = ["## Claims", "", sentence_on_claims(view)], {}
     if view.reference:
         reference = {claim["id"]: claim["verdict"] for claim in view.reference.claims}
-    header = ["claim", "where", "effect [95 % interval] (n)", "verdict"]
+    header = ["claim", "verdict", *["reference"] * bool(view.reference),
+              "effect [95 % interval] (n)", "where"]  # the last columns are off a phone's screen
     for ours, above in ((False, []), (True, ["", "Ours, which the paper does not make:"])):
-        table = [[claim["statement"], claim["where"], show_interval(claim),
-                  claim["verdict"] + " †" * claim["stale"],
-                  *([reference.get(claim["id"], "–")] if view.reference else [])]
+        table = [[claim["statement"], claim["verdict"] + " †" * claim["stale"],
+                  *([reference.get(claim["id"], "–")] if view.reference else []),
+                  show_interval(claim), claim["where"]]
                  for claim in view.claims if claim["ours"] == ours]
         if table:
-            lines += [*above, ""]
-            lines += make_table(header + ["reference"] * bool(view.reference), table)
+            lines += [*above, "", *make_table(header, table)]
     lines += ["", "Effect: the claimed difference, paired by seed, its mean over n seeds and "
               "Student-t interval. Reproduced: the whole interval is on the claimed side; "
               "contradicted: none of it; else, or with fewer than 3 seeds, open."]
@@ -346,24 +346,25 @@ def render_figures(view, curves, pictures):
     return ["", "## Figures", *lines] if lines else []
 
 
-def row_notes(view, row):
+def row_remarks(view, row):
+    """A row's unit unless it is an accuracy, where the paper has it, and notes of its records."""
     metrics = {record.get("metric", "accuracy") for record in view.rows[row]["pooled"]}
     metrics = metrics or {view.declared["rows"][row].get("unit", "accuracy")}
-    return "; ".join(sorted(metrics - {"accuracy"}) + view.rows[row]["notes"])
+    where = view.declared["rows"][row].get("where")
+    return "; ".join(sorted(metrics - {"accuracy"}) + [where] * bool(where)
+                     + view.rows[row]["notes"])
 
 
 def render_numbers(view):
     """The table of rows: the paper's value, the reference's, and this suite's."""
-    notes = {row: row_notes(view, row) for row in view.shown}
     comparable = view.suite in view.declared["comparable"]
     header = ["row", "paper", *(["reference", "yours", "in its spread?"] if view.reference
                                 else ["mean ± sd (n)"]),
-              *["difference"] * comparable, *["note"] * any(notes.values())]
+              *["difference"] * comparable, "remarks"]
     table, words = [], {"inside": "yes", "outside": "no"}
     for row in view.shown:
         entry, ours = view.declared["rows"][row], view.rows[row]
-        where = entry.get("where", "")
-        cells = [row, view.published(row) + (f" ({where})" if where else "")]
+        cells = [row, view.published(row)]
         if view.reference:
             state = compare(ours, view.reference.rows[row])
             cells += [view.reference.value(row), view.value(row), words.get(state, state)]
@@ -372,9 +373,9 @@ def render_numbers(view):
         if comparable:
             apart = "paper" in entry and ours["values"]
             cells.append(f"{ours['mean'] - entry['paper']:+z.2f}" if apart else "")
-        table.append(cells + [notes[row]] * any(notes.values()))
+        table.append([*cells, row_remarks(view, row)])
     lines = ["", "## Numbers", "", "Accuracy in percent on test images after the last step, unless "
-             "a note names another measure.", ""] + make_table(header, table)
+             "a remark names another measure.", ""] + make_table(header, table)
     remarks = ["sd: sample standard deviation over n seeds"]
     if any("?" in view.published(row) for row in view.shown):
         remarks.insert(0, "? the paper's value is not checked against the paper")
@@ -465,17 +466,25 @@ def verdict_text(view, ours=False):
     return " / ".join(map(str, view.verdicts(ours)))
 
 
+def sentence_on_suite(name, views):
+    """What became of the papers' claims in a suite, as an item of a list."""
+    found = [sum(counts) for counts in zip(*(view.verdicts() for view in views))]
+    return (f"- `{name}`, {count(len(views), 'paper')}: of their {count(sum(found), 'claim')} judged "
+            f"there **{found[0]} reproduced, {found[1]} contradicted, {found[2]} open**, after "
+            f"{show_time(sum(3600 * view.hours() for view in views))} in all")
+
+
 def render_index(results, suites):
     """What was found, suite by suite; suites: {name: [View, ...]}."""
-    lines = [INDEX_TITLE, "", "Of every paper the rows that sum it up, and what became of its "
-             "claims. Made from the records; no number is typed by hand."
-             + (" Remarks: [NOTES.md](NOTES.md)." if (results / "NOTES.md").exists() else "")]
     order = list(SCALES)
     def place(name):
         scale = name.split("-")[0]
         return order.index(scale) if scale in order else len(order), name
-    for name in sorted(suites, key=place):
-        views = suites[name]
+    suites = {name: suites[name] for name in sorted(suites, key=place)}
+    lines = [INDEX_TITLE, "", *(sentence_on_suite(*item) for item in suites.items()), "",
+             "Made from the records; no number is typed by hand."
+             + (" Remarks: [NOTES.md](NOTES.md)." if (results / "NOTES.md").exists() else "")]
+    for name, views in suites.items():
         scale = SCALES.get(name.split("-")[0], "a scale of its own")
         drawn = ", on the image sets drawn by the code" * name.endswith("-embedded")
         lines += ["", f"## {name}", "", f"{scale[0].upper()}{scale[1:]}{drawn}.", ""]
