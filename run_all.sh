@@ -60,18 +60,19 @@ while [ $# -gt 0 ]; do
     case "$word" in --force|--plan|--quiet|--*=*) ;; --*) shift; [ $# = 0 ] || word=$word=$1 ;; esac
     case "$word" in
         --plan) plan=(--plan) ;;
-        --seeds=*) seeds=${word#*=} ;;
+        --seeds=*) seeds=${word#*=}; [[ $seeds =~ ^[0-9]+(,[0-9]+)*$ ]] \
+            || fail "--seeds takes whole numbers such as 0,1,2, not '$seeds'" ;;
         --jobs=*) jobs=${word#*=} ;;
         --scale=*) scale=${word#*=} ;;
         -*) options+=("$word") ;;
         smoke|demo|small|full|paper) scale=$word ;;
-        *) [ -f "$here/papers/$word.yaml" ] || fail "unknown scale or paper '$word'; scales:" \
+        *) [[ " $known" == *" $word "* ]] || fail "unknown scale or paper '$word'; scales:" \
                "smoke, demo, small, full, paper; papers: $known"
            papers+=("$word") ;;
     esac
     shift
 done
-case "$jobs" in ''|*[!0-9]*|0) fail "--jobs takes a whole number from 1, not '$jobs'" ;; esac
+[[ $jobs =~ ^[1-9][0-9]{0,2}$ ]] || fail "--jobs takes a whole number from 1 to 999, not '$jobs'"
 [ ${#papers[@]} -gt 0 ] || read -ra papers <<<"$known"
 if [ -z "$scale" ]; then
     chosen=$("$python" -m replicate.terminal scale "${papers[@]}" "${options[@]}") || exit $?

@@ -34,7 +34,7 @@ def parse(paper, arguments, options=None):
     add("--scale", default="small", help="smoke, demo, small, full or paper")
     add("--seeds", help="such as 0,1,2; default: those that the scale declares")
     add("--rows", default="*", metavar="GLOB", help="such as 'rotnet4/*'; several with commas")
-    add("--data", default="", metavar="DIR", help="data root")
+    add("--data", metavar="DIR", help="data root")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="change a setting; its results go to a suite of their own")
@@ -46,7 +46,11 @@ def parse(paper, arguments, options=None):
     add("--force", action="store_true", help="run again what is recorded already")
     if options:
         options(parser)
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    for name, value in vars(given).items():  # such as of a shell's variable that is not set
+        if name != "overrides" and "" in (value if isinstance(value, list) else [value]):
+            raise InputError(f"--{name} is empty: give it a value, or leave it out")
+    return given
 
 
 def tell(line, run=None):
@@ -87,7 +91,7 @@ def set_up(config, name):
 def require_finite(path, tensors):
     """InputError where one of {name: tensor}, read from a file, holds NaN or infinity."""
     for name, tensor in tensors.items():
-        if torch.is_tensor(tensor) and not tensor.isfinite().all():
+        if torch.is_tensor(tensor) and not tensor.float().isfinite().all():
             raise InputError(f"{path}: {name} holds NaN or infinity, and no network computes "
                              "with that; give another file")
 
@@ -96,7 +100,7 @@ def suite_name(scale, config, own, overrides):
     """Other data or settings get another suite, so that no experiment mixes with the protocol."""
     suite = scale
     if config.dataset != own.dataset:
-        name = config.dataset.rstrip("/").split("/")[-1]
+        name = config.dataset.rstrip("/").split("/")[-1][:40]  # which may be long for a suite's
         suite += "-" + "".join(letter if letter.isalnum() else "-" for letter in name)
         if config.dataset.startswith("folder:"):  # two folders may have the same last name
             suite += f"-{trainer.derive(0, config.dataset) % 16 ** 6:06x}"
@@ -152,7 +156,8 @@ def runs(script, Config, options, rows, always):
                   force=options.force, scale_rows=block.get("rows", ["*"]), plan=options.plan,
                   quiet=options.quiet)
         run.left_out = left_out
-        todo, have = run.wants("*"), len(records.matching(names, run.scale_rows))
+        here = records.matching(records.matching(names, run.scale_rows), only)
+        todo, have = run.wants("*"), len(here)
         pictures = any(str(value).startswith("folder:") for value in vars(config).values())
         if not todo and have and pictures:
             run.say(f"seed {seed}: {have} rows are recorded; are the pictures still the same?")
@@ -216,8 +221,8 @@ def failure(error, run):
         return (f"{run.fitting or run.paper}: the network takes no images or crops of this size "
                 f"({text.splitlines()[0]}): change image_size or crop_size with --set")
     if isinstance(error, (torch.linalg.LinAlgError, OverflowError)):
-        return (f"{run.fitting or run.paper}: a setting is too large or too small, numbers run "
-                f"out of their range ({text.splitlines()[0]})")
+        return (f"{run.fitting or run.paper}: a setting or weight is too large or too small, "
+                f"numbers run out of their range ({text.splitlines()[0]})")
     lost = isinstance(error, dist.DistError) or re.search("by peer|Broken pipe|Timed out", text)
     if run.ranks > 1 and lost:
         return "another rank is gone: the same command goes on from the state saved last"
@@ -265,11 +270,12 @@ def launch(script, Config, reproduce, arguments=None, *, rows=None, options=None
 
     sys.stdout, sys.stderr = (output or open(os.devnull, "w")  # None where they are closed
                               for output in (sys.stdout, sys.stderr))
-    for output in (sys.stdout, sys.stderr):
-        if hasattr(output, "reconfigure"):  # a path may hold what the terminal cannot show
-            output.reconfigure(errors="backslashreplace")
+    records.show_all_text()
     handlers = {each: signal.signal(each, on_signal) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
+        if not __debug__:
+            raise InputError("Python's option -O (PYTHONOPTIMIZE) would leave out the checks of "
+                             "settings: run without it")
         given = parse(Path(script).stem, arguments, options)
         other = use(given) if use else None
         if isinstance(other, int):

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import zipfile
 from datetime import datetime, timezone
 from pathlib import Path
@@ -68,6 +69,7 @@ def is_record(record):
             and all(map(is_number, (record.get("seconds", 0),
                                     *record.get("trainings", {}).values())))
             and all(map(are_points, record.get("history", {}).values()))
+            and all(isinstance(digest, str) for digest in record.get("data", {}).values())
             and type(record["seed"]) is int  # to isinstance, true is a number too
             and record["status"] in ("ok", "failed")
             and (record["status"] == "failed" or is_number(record.get("value"))))
@@ -244,7 +246,14 @@ def provenance(script):
     return {"code": code_hash(script), "commit": commit, "dirty": dirty, "started": started}
 
 
-# Files
+# Files and terminal
+def show_all_text():
+    """Let stdout and stderr take any text: a path may hold what the terminal cannot show."""
+    for output in (sys.stdout, sys.stderr):
+        if hasattr(output, "reconfigure"):
+            output.reconfigure(errors="backslashreplace")
+
+
 def damaged_part(path):
     """What part of a zip file, such as a checkpoint, does not agree with its checksum, or None;
     None for a file of another format."""

@@ -637,6 +637,7 @@ def check_tables(results, papers):
 
 
 def main(arguments=None):
+    records.show_all_text()
     parser = argparse.ArgumentParser(prog="python -m replicate.report",
                                      description="Render the pages of a folder of run records.")
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")

@@ -266,6 +266,7 @@ def summarize(notes):
 
 
 def main(arguments=None):
+    records.show_all_text()
     parser = argparse.ArgumentParser(prog="python -m replicate.terminal", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     commands = parser.add_subparsers(dest="command", required=True)

@@ -24,6 +24,7 @@ from replicate.records import ROOT, InputError
     (["--colour"], "unrecognized arguments: --colour"), (["--set", "dataset=nothing"], "unknown data set 'nothing'"),
     (["--set", "pretext_epochs=0.00001", "--rows", "mirrored/*"], "a longer budget is needed"),
     (["--set", "pretext_drops=[30, 60]"], "rising fractions"), (["--rows"], "--rows: expected one argument"),
+    (["--scale", ""], "--scale is empty"), (["--data="], "--data is empty"), (["--seeds", ""], "--seeds is empty"),
 ])
 def test_wrong_input_gets_one_line_and_leaves_nothing(tmp_path, seventh, capsys, folders, arguments, message):
     assert seventh.main(["--scale", "smoke", *arguments, *folders]) == 2
@@ -268,3 +269,25 @@ def test_own_folders_are_known_by_their_place_and_content(tmp_path, seventh, cap
     write_folder(tmp_path / "elsewhere" / own.name, size=(32, 32), counts=(20, 8), level=50)
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert "2 rows to do" in run(own.name)
+
+
+def test_a_folder_with_a_long_name_gets_a_suite(tmp_path, seventh, folders, tiny, records_of):
+    own = write_folder(tmp_path / ("n" * 250), size=(32, 32), counts=(20, 8))
+    assert seventh.main([*tiny, *folders, "--set", f"dataset=folder:{own}", "--set", "pretext_epochs=8"]) == 0
+    assert len(records_of(tmp_path / "results")) == 2
+
+
+def test_only_rows_that_were_asked_for_are_said_to_be_there(tmp_path, seventh, folders, tiny, capsys):
+    options = [*tiny, *folders, "--rows", "random/linear"]
+    assert seventh.main(options) == seventh.main(options) == 0
+    assert "nothing to do, 1 rows of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("environment,message", [
+    ({"PYTHONOPTIMIZE": "1"}, "Python's option -O"),  # whose asserts check nothing
+    ({"REPLICATE_DATA": "~nobody-of-this-name/x"}, "/~nobody-of-this-name/x: give it with --data DIR")])
+def test_an_odd_environment_gets_one_line(tmp_path, folders, environment, message):
+    result = subprocess.run(
+        [sys.executable, "-m", "papers.gidaris_rotation", "--scale", "smoke", "--set", "dataset=imagenet", *folders],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and message in result.stderr

@@ -27,6 +27,7 @@ def test_a_torn_line_is_closed_before_the_next_and_costs_one_warning(tmp_path):
     b'{"row": "a", "seed": 0, "status": "ok", "config_hash": "h", "value": NaN}',
     b'{"row": "a", "seed": 0, "status": "ok", "config_hash": "h", "value": 1' + b"0" * 400 + b"}",
     b'{"row": "a", "seed": 0, "status": "ok", "config_hash": "h", "value": 1.0, "config": 3}',
+    b'{"row": "a", "seed": 0, "status": "ok", "config_hash": "h", "value": 1.0, "data": {"mnist": null}}',
     b'{"row": "a", "seed": true, "status": "ok", "config_hash": "h", "value": 1.0}'])
 def test_no_damage_stops_the_reader(tmp_path, damage):
     path = tmp_path / "x.jsonl"

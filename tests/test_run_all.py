@@ -1,4 +1,5 @@
 """run_all.sh as a user calls it: from elsewhere, with spaces in the path, without a network."""
+import io
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import yaml
 from conftest import write_folder
 from PIL import Image
 
-from replicate import records, terminal
+from replicate import records, report, terminal
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["gidaris_rotation", "--rows", "random/block2/knn"]
@@ -157,6 +158,19 @@ def test_a_plan_sums_up_trainings_once_and_stays_short():
         "in all: 24 rows, 26.8 min for one seed each, one after")
 
 
+def test_a_terminal_that_knows_only_ascii_shows_everything(demo, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    monkeypatch.setattr(records, "ROOT", demo)
+    records.append(demo / "ledger", {"paper": "one", "scale": "demo", "rows": 0, "seconds": 0.0,
+                                     "suite": str(demo / "out" / "demo")})
+    assert terminal.main(["end", str(demo / "ledger")]) == 0
+    shutil.copytree(demo / "out", demo / "d\u00e9mo")
+    assert report.main(["--results", str(demo / "d\u00e9mo")]) == 0
+    sys.stdout.flush()
+    printed = sys.stdout.buffer.getvalue()
+    assert b"72.00 \\xb1 1.00" in printed and b"wrote d\\xe9mo/README.md" in printed
+
+
 def test_papers_take_turns_through_the_seeds_that_they_declare(tmp_path, monkeypatch):
     (tmp_path / "papers").mkdir()
     for name, small in (("one", "{seeds: [0, 1, 2, 3]}"), ("two", "{}"), ("three", "{seeds: [7]}")):
@@ -172,7 +186,9 @@ def test_papers_take_turns_through_the_seeds_that_they_declare(tmp_path, monkeyp
     (["smoke", "gidaris_rotation", "--rows"], "--rows: expected one argument"),
     (["smoke", "gidaris_rotation", "--seeds", "x"], "--seeds takes whole numbers"),
     (["--data", "/does/not/exist"], "no data folder /does/not/exist"),
-    (["smoke", "--jobs", "0"], "--jobs takes a whole number from 1"),
+    *((["smoke", "--jobs", jobs], "--jobs takes a whole number from 1") for jobs in ("0", "00", "08", "9" * 20)),
+    *((["smoke", "--seeds", seeds], f"such as 0,1,2, not '{seeds}'") for seeds in ("*", ",", "", "0,")),
+    (["smoke", "../papers/swav"], "unknown scale or paper '../papers/swav'"),
 ])
 def test_wrong_words_are_named(clone, arguments, message):
     result = run_all(*arguments, folder=clone)
