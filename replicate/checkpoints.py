@@ -1,6 +1,7 @@
 """Checkpoints of other projects, read without running any code they hold, and files for them."""
 import argparse
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +31,18 @@ def read_tensors(path):
     require_whole(path)
     harmless = [argparse.Namespace, np._core.multiarray.scalar, np.dtype, type(np.dtype("f8"))]
     try:
-        with torch.serialization.safe_globals(harmless):
-            return tensors_in(torch.load(path, map_location="cpu", weights_only=True))
+        with (torch.serialization.safe_globals(harmless),
+              warnings.catch_warnings(action="ignore")):  # about kinds that are refused below
+            state = tensors_in(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # rubbish can make torch.load raise nearly anything
         raise InputError(f"{path} is no checkpoint that is safe to read "
                          f"({type(error).__name__}): torch.save its state dict alone, "
                          "and give that") from None
+    odd = [f"{name} is {w.layout}, {w.dtype}, {w.device}" for name, w in state.items()
+           if w.is_complex() or w.is_quantized or w.is_meta or w.layout != torch.strided]
+    if odd:
+        raise InputError(f"{path}: {odd[0]}: save real numbers as plain tensors")
+    return state
 
 
 def read_resnet(path):
@@ -57,12 +64,12 @@ def read_resnet(path):
 def load_into(module, state, path, kind):
     """Load {name: tensor} of a file into a module; InputError, which names the file and the kind
     of network it was taken for, where they do not fit or hold NaN."""
+    require_finite(path, state)
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{path}, read as {kind}: {reason}") from None
-    require_finite(path, state)
 
 
 def write(path, state):

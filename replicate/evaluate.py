@@ -22,6 +22,7 @@ def extract_features(encoder, images, batch_size=500):
     """encoder(images (B,C,H,W)) -> float32 (N,D), any further dimensions flattened.
 
     images: a tensor (N,C,H,W) or a split of replicate.data.  A module is in eval mode meanwhile.
+    OverflowError where the features hold NaN or infinity, with which any probe would be a guess.
     """
     training = getattr(encoder, "training", False)
     if training:
@@ -29,6 +30,8 @@ def extract_features(encoder, images, batch_size=500):
     batches = images.split(batch_size) if torch.is_tensor(images) else \
         (batch for batch, _ in in_order(images, batch_size))
     features = torch.cat([encoder(batch).flatten(1).float() for batch in batches])
+    if not features.isfinite().all():
+        raise OverflowError("features hold NaN or infinity")
     if training:
         encoder.train()
     return features

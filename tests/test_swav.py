@@ -445,6 +445,9 @@ def test_at_width_one_the_encoder_is_torchvisions(name):
     assert wide == pytest.approx(94e6, rel=0.01)  # the paper's RN50-w2
 
 
+FIRST = "module.conv1.weight"
+
+
 def published(encoder, prefix="module."):
     """The weights as SwAV's are published: prefixed, with heads."""
     state = {prefix + key: tensor for key, tensor in encoder.state_dict().items()}
@@ -499,6 +502,10 @@ def test_a_module_saved_whole_is_refused_with_the_way_out(tmp_path):
     (lambda state: state.update({"module.layer2.7.conv1.weight": torch.zeros(1)}), "Unexpected key.*layer2.7.conv1.weight"),
     (lambda state: state.update({"module.layer4.0.conv2.weight": torch.zeros(2, 2)}), "size mismatch for layer4.0.conv2.weight"),
     (lambda state: [state.pop(key) for key in list(state) if "conv1" in key], "holds no conv1.weight"),
+    *((lambda state, change=change: state.update({FIRST: change(state[FIRST])}), f"conv1.weight is .*{kind}.*plain tensors")
+      for change, kind in ((torch.Tensor.to_sparse, "sparse"), (lambda w: w.to("meta"), "meta"),
+                           (lambda w: w.to(torch.complex64), "complex64"),
+                           (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "qint8"))),
 ])
 def test_files_that_do_not_fit_get_one_line(tmp_path, capsys, folders, write_packed, damage, message):
     write_packed(tmp_path)
@@ -549,6 +556,28 @@ def test_an_exported_network_loads_into_torchvision_and_probes_the_same(tmp_path
         assert swav.main([*options, "--evaluate", str(path), "--rows", "checkpoint/knn20,checkpoint/linear"]) == 0
     values = [record["value"] for record in records_of(tmp_path / "results")]
     assert len(values) == 6 and values[:2] == values[2:4] == values[4:]
+
+
+def test_small_floats_are_read_and_features_that_overflow_are_no_guess(tmp_path, capsys, folders, write_packed):
+    write_packed(tmp_path)
+    for change, status in ((lambda w: w.to(torch.float8_e4m3fn), 0), (lambda w: w * 1e38, 3)):
+        state = published(swav.Encoder("resnet18", 0.125))
+        state[FIRST] = change(state[FIRST])
+        torch.save(state, tmp_path / "file")
+        assert swav.main(["--scale", "smoke", "--data", str(tmp_path), "--set", "dataset=cifar10", "--evaluate",
+                          str(tmp_path / "file"), "--rows", "checkpoint/knn20", *folders]) == status
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1 and "features hold NaN or infinity" in error
+    assert [record["status"] for record in records_of(tmp_path / "results")] == ["ok", "failed"]
+
+
+def test_an_export_overwrites_nothing(tmp_path, capsys, folders):
+    (tmp_path / "mine.pth").write_bytes(b"mine")
+    for place, message in (("mine.pth", "mine.pth is there already"), ("", "is there already"), ("mine.pth/x", "cannot write to")):
+        assert swav.main(["--scale", "smoke", "--export", str(tmp_path / place), *folders]) == 2
+        printed = capsys.readouterr()
+        assert message in printed.err and len(printed.err.splitlines()) == 1 and "min left" not in printed.out
+    assert (tmp_path / "mine.pth").read_bytes() == b"mine"
 
 
 # Labels, config
