@@ -111,7 +111,7 @@ class ImageSet:
 def data_root(argument=None):
     """--data, else $REPLICATE_DATA, else data/ beside run_all.sh; made absolute."""
     root = argument or os.environ.get("REPLICATE_DATA") or ROOT / "data"
-    return Path(root).expanduser().absolute()
+    return Path(os.path.expanduser(root)).absolute()  # which leaves an unknown ~user as it is
 
 
 def load(name, root, device, size=None, streamed=None):
@@ -217,7 +217,7 @@ def _read_arrays(path, keys, classes, shape):
             arrays = [archive[key] for key in keys]
         _check_arrays(arrays, classes, shape)
         return [array.astype(np.uint8) for array in arrays]
-    except MemoryError:
+    except (MemoryError, PermissionError):
         raise
     except Exception as error:  # rubbish can make numpy raise nearly anything
         aside = path.with_suffix(".npz.damaged")
@@ -382,7 +382,7 @@ IMAGENETTE = ((9469, 3925), (12894, 500))  # pictures of train and val: second v
 def _folder(name, root):
     """The folder with train/ in it, or None."""
     if name.startswith("folder:"):
-        candidates = [Path(name.removeprefix("folder:")).expanduser()]
+        candidates = [Path(name.removeprefix("folder:"))]
     else:
         candidates = sorted(root.glob("imagenette2*")) if name == "imagenette" else [root / name]
     return next((path for path in candidates if (path / "train").is_dir()), None)
@@ -401,6 +401,8 @@ def _load_folder(name, root, device, size, streamed):
                          "with --data DIR or --set dataset=folder:DIR, or take --scale demo, "
                          "which needs none")
     test = folder / "test" if (folder / "test").is_dir() else folder / "val"
+    if test.is_dir() and test.samefile(folder / "train"):
+        raise InputError(f"{test} is train itself: the test needs pictures of its own")
     files, labels, (names, test_names) = zip(*map(list_classes, (folder / "train", test)))
     if names != test_names:
         odd = sorted(set(names) ^ set(test_names))

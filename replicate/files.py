@@ -1,13 +1,14 @@
 """Picture files as a person sees them, and the folders that hold them."""
 import contextlib
 import os
+import unicodedata
 import warnings
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from replicate.records import InputError
 
@@ -44,8 +45,9 @@ def opened(path):
             warnings.simplefilter("ignore")  # about large pictures and odd metadata
             with Image.open(path) as picture:
                 yield picture
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, OverflowError, EOFError,
-            MemoryError, Image.DecompressionBombError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # rubbish can make Pillow's plugins raise nearly anything
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"image {path} cannot be read ({reason}): mend or remove it") from None
 
@@ -100,16 +102,18 @@ def pictures_below(folder):
 def list_classes(folder):
     """(paths, labels, class names) of folder/<class>/...; says what it took and what it left out.
 
-    Classes in the order of their names.  InputError for a class without a picture.
+    Classes in the order of their names, which are in Unicode's composed form: some systems write
+    letters with accents in two characters.  InputError for a class without a picture.
     """
     try:
-        classes = sorted(entry.name for entry in os.scandir(folder)
+        classes = sorted((unicodedata.normalize("NFC", entry.name), entry.name)
+                         for entry in os.scandir(folder)
                          if entry.is_dir() and not hidden(entry.name))
     except OSError as error:
         raise InputError(f"no images in {folder}: {error.strerror}") from None
     paths, labels, counts, left_out = [], [], [], Counter()
-    for label, name in enumerate(classes):
-        found, skipped = pictures_below(os.path.join(folder, name))
+    for label, (name, own) in enumerate(classes):
+        found, skipped = pictures_below(os.path.join(folder, own))
         left_out += skipped
         if not found:
             why = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
@@ -125,4 +129,4 @@ def list_classes(folder):
     if left_out:
         line += "; left out: " + ", ".join(f"{n} {why}" for why, n in sorted(left_out.items()))
     print(line, flush=True)
-    return paths, labels, classes
+    return paths, labels, [name for name, _ in classes]

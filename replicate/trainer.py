@@ -527,8 +527,9 @@ class Run:
                     return state
                 reason = "made by another run or by other code"
         except Exception as error:  # rubbish can make torch.load raise nearly anything
-            if isinstance(error, MemoryError) or "allocate memory" in str(error):
-                raise  # which says nothing about the file
+            unknown = isinstance(error, (MemoryError, PermissionError))
+            if unknown or "allocate memory" in str(error):
+                raise  # which says nothing about what the file holds
             reason = f"damaged ({type(error).__name__})"
         aside = path.with_name(path.name + ".damaged")
         self.say(f"warning: checkpoint {path} is {reason}; set aside as {aside.name} and made anew",

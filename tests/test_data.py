@@ -138,9 +138,21 @@ def test_an_unlabelled_part_is_for_pre_training(tmp_path, write_packed):
 BROKEN = [("truncated", "cannot be read"), ("text", "cannot be read"), ("tiny", "is 4 x 4 pixels")]
 
 
+def test_a_packed_file_that_may_not_be_read_is_not_called_damaged(tmp_path, write_packed, monkeypatch):
+    write_packed(tmp_path)
+
+    def refuse(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(np, "load", refuse)
+    with pytest.raises(PermissionError):
+        data.load("cifar10", tmp_path, "cpu")
+    assert (tmp_path / "packed" / "cifar10.npz").exists()
+
+
 @pytest.mark.parametrize("case,message,streamed", [
     ("missing", "no folder with train/<class>/ images", False), ("empty", "no images in", False),
-    ("one class", "only one class", False), ("other classes", "have different classes: dog, fox", False),
+    ("one class", "only one class", False), ("linked", "test is train itself", False), ("other classes", "have different classes: dog, fox", False),
     *((case, message, streamed) for case, message in BROKEN for streamed in (False, True)),
 ])
 def test_bad_folders_get_one_line(tmp_path, capsys, folders, case, message, streamed):
@@ -148,6 +160,9 @@ def test_bad_folders_get_one_line(tmp_path, capsys, folders, case, message, stre
     if case == "empty":
         for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
             (root / name).mkdir(parents=True)
+    elif case == "linked":
+        write_folder(root, parts=("train",))
+        (root / "test").symlink_to("train")
     elif case == "one class":
         write_folder(root, classes=("cat",))
     elif case == "other classes":

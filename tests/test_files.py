@@ -1,3 +1,5 @@
+import unicodedata
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +57,25 @@ def test_a_file_that_is_no_picture_gets_one_line(tmp_path, content):
     (tmp_path / "odd \U0001f408.png").write_bytes(content)
     with pytest.raises(InputError, match="cannot be read .*: mend or remove it"):
         decode(tmp_path / "odd \U0001f408.png")
+
+
+def test_whatever_a_plugin_raises_is_one_line(tmp_path, monkeypatch):
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    for error in (RuntimeError("no image item"), KeyError(3), TypeError(), NotImplementedError("rare\nkind")):
+        monkeypatch.setattr(Image.Image, "convert", lambda *_, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(InputError, match="a.png cannot be read") as caught:
+            decode(tmp_path / "a.png")
+        assert "\n" not in str(caught.value)
+
+
+def test_names_of_classes_are_composed_and_sorted_alike(tmp_path):
+    for folder in (tmp_path / "of a disk", tmp_path / "of a mac"):
+        kind = "NFD" if folder.name == "of a mac" else "NFC"
+        names = [unicodedata.normalize(kind, name) for name in ("\u00e9clair", "fig")]
+        write_folder(folder, classes=names, parts=("train",))
+    (_, first, ours), (_, second, theirs) = (
+        list_classes(tmp_path / name / "train") for name in ("of a disk", "of a mac"))
+    assert ours == theirs == ["fig", "\u00e9clair"] and first == second
 
 
 def test_a_gigantic_picture_gets_one_line(tmp_path):
