@@ -195,7 +195,7 @@ def _check_arrays(arrays, classes, shape):
     for x, y in (arrays[:2], arrays[2:4]):
         if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
             raise ValueError(f"labels {y.dtype} {y.shape}; expected whole numbers ({len(x)},)")
-        if y.min() < 0 or y.max() >= classes:
+        if y.min() < 0 or y.max() >= classes or y.min() == y.max():
             raise ValueError(f"labels {y.min()}..{y.max()}; expected 0..{classes - 1}")
 
 

@@ -78,7 +78,10 @@ def pictures_below(folder):
     """(paths of the pictures in a folder and its subfolders, in a fixed order; Counter of why other
     files were left out).  Links are followed, each folder once, so that a loop of links ends."""
     paths, left_out, seen = [], Counter(), set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    def closed(error):
+        left_out["folder that cannot be opened"] += 1
+
+    for place, folders, names in os.walk(folder, onerror=closed, followlinks=True):
         if os.path.realpath(place) in seen:
             left_out["folder seen before (a loop of links)"] += 1
             folders.clear()

@@ -47,9 +47,12 @@ def parse(paper, arguments, options=None):
     if options:
         options(parser)
     given = parser.parse_args(arguments)
-    for name, value in vars(given).items():  # such as of a shell's variable that is not set
-        if name != "overrides" and "" in (value if isinstance(value, list) else [value]):
+    for name, value in vars(given).items():
+        texts = value if isinstance(value, list) else [value]
+        if name != "overrides" and "" in texts:  # such as a shell's variable that is not set
             raise InputError(f"--{name} is empty: give it a value, or leave it out")
+        texts = [os.path.expanduser(text) if isinstance(text, str) else text for text in texts]
+        setattr(given, name, texts if isinstance(value, list) else texts[0])  # as in --runs=~/runs
     return given
 
 
@@ -124,8 +127,9 @@ def read_seeds(given, declared):
         seeds = [int(seed) for seed in given.split(",")] if given else declared
     except ValueError:
         raise InputError(f"--seeds takes whole numbers such as 0,1,2, not '{given}'") from None
-    if min(seeds) < 0:
-        raise InputError(f"seed {min(seeds)}: seeds start at 0")
+    for seed in seeds:
+        if not 0 <= seed < 2 ** 40:
+            raise InputError(f"seed {seed}: seeds start at 0 and end before {2 ** 40}")
     return seeds
 
 
@@ -213,7 +217,8 @@ def failure(error, run):
     if isinstance(error, TrainingFailed):
         return text
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in text:
-        return f"out of memory on {run.device}: lower batch_size or width with --set"
+        return (f"out of memory on {run.device}: lower batch_size or width with --set, or a budget "
+                "of very many steps")
     if "more than 1 value per channel" in text:
         return (f"{run.fitting or run.paper}: a batch of one image cannot be normalised (its "
                 "variance is 0): --set batch_size=2 or more")

@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 from dataclasses import dataclass, field
@@ -643,10 +644,10 @@ def main(arguments=None):
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     parser.add_argument("--check", action="store_true",
                         help="write nothing; exit 1 if a file does not follow from the records")
-    parser.add_argument("--results", type=Path, metavar="DIR",
+    parser.add_argument("--results", type=os.path.expanduser, metavar="DIR",
                         help="default: results/, and out/ where there is one and no --check")
     options = parser.parse_args(arguments)
-    folders, out = [options.results or records.ROOT / "results"], records.ROOT / "out"
+    folders, out = [Path(options.results or records.ROOT / "results")], records.ROOT / "out"
     if not options.results and not options.check and out.is_dir():
         folders.append(out)
     if not folders[0].is_dir():

@@ -138,6 +138,14 @@ def test_an_unlabelled_part_is_for_pre_training(tmp_path, write_packed):
 BROKEN = [("truncated", "cannot be read"), ("text", "cannot be read"), ("tiny", "is 4 x 4 pixels")]
 
 
+def test_labels_of_one_class_are_no_set(tmp_path, no_network, capsys, write_packed):
+    arrays = write_packed(tmp_path)  # as the first pictures of a sorted set would be
+    np.savez(tmp_path / "packed" / "cifar10.npz", **{**arrays, "y_train": np.zeros(40, np.uint8)})
+    with pytest.raises(InputError):
+        data.load("cifar10", tmp_path, "cpu")
+    assert "labels 0..0; expected 0..9" in capsys.readouterr().out
+
+
 def test_a_packed_file_that_may_not_be_read_is_not_called_damaged(tmp_path, write_packed, monkeypatch):
     write_packed(tmp_path)
 

@@ -1,3 +1,4 @@
+import os
 import unicodedata
 
 import numpy as np
@@ -84,7 +85,15 @@ def test_a_gigantic_picture_gets_one_line(tmp_path):
         decode(tmp_path / "large.png", 32)
 
 
-def test_a_listing_says_what_it_took_and_what_it_left_out(tmp_path, capsys):
+def closed(folder, scandir):
+    def scan(path):
+        if str(path) == str(folder):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+    return scan
+
+
+def test_a_listing_says_what_it_took_and_what_it_left_out(tmp_path, capsys, monkeypatch):
     root = write_folder(tmp_path, parts=("train",)) / "train"
     Image.new("RGB", (20, 20)).save(root / "cat" / "more.jfif", "JPEG")
     for name in (".DS_Store", ".hidden.png", "notes.txt", "raw.heic"):
@@ -98,6 +107,9 @@ def test_a_listing_says_what_it_took_and_what_it_left_out(tmp_path, capsys):
     paths, labels, classes = list_classes(root)
     assert classes == ["cat", "dog"] and labels == [0] * 7 + [1] * 6 and paths == sorted(paths)
     printed = capsys.readouterr().out
+    monkeypatch.setattr(os, "scandir", closed(root / "cat", os.scandir))
+    with pytest.raises(InputError, match="left out 1 folder that cannot be opened"):
+        list_classes(root)
     for part in ("13 pictures (cat 7, dog 6)", "4 hidden", "1 .heic", "1 .txt", "1 dangling link", "1 folder seen before"):
         assert part in printed
 

@@ -18,6 +18,7 @@ from replicate.records import ROOT, InputError
 @pytest.mark.parametrize("arguments,message", [
     (["--scale", "tiny"], "unknown scale 'tiny'; known: smoke, demo, small, full, paper"),
     (["--rows", "nothing"], "no row matches 'nothing'"), (["--seeds", "-1"], "seed -1: seeds start at 0"),
+    (["--seeds", "9" * 30], "and end before"),
     (["--seeds", "a"], "--seeds takes whole numbers"), (["--device", "tpu"], "unknown device 'tpu'"),
     (["--set", "batch_size=0"], "batch_size must be above 0"), (["--set", "width=1"], "at least 4 channels"),
     (["--data", "/does/not/exist"], "no data folder /does/not/exist"),
@@ -275,6 +276,13 @@ def test_a_folder_with_a_long_name_gets_a_suite(tmp_path, seventh, folders, tiny
     own = write_folder(tmp_path / ("n" * 250), size=(32, 32), counts=(20, 8))
     assert seventh.main([*tiny, *folders, "--set", f"dataset=folder:{own}", "--set", "pretext_epochs=8"]) == 0
     assert len(records_of(tmp_path / "results")) == 2
+
+
+def test_a_tilde_that_the_shell_has_left_is_the_home_folder(tmp_path, seventh, tiny, monkeypatch, records_of):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert seventh.main([*tiny, "--runs=~/own", "--results=~/own", "--rows", "random/linear"]) == 0
+    assert len(records_of(tmp_path / "own")) == 1 and not (tmp_path / "~").exists()
 
 
 def test_only_rows_that_were_asked_for_are_said_to_be_there(tmp_path, seventh, folders, tiny, capsys):
