@@ -19,7 +19,7 @@ from replicate import charts, records
 from replicate.neutral import read_lines, unmarked
 from replicate.records import InputError, write_atomically
 
-INDEX_TITLE = "# Results"
+INDEX_LINE = "Made from the records; no number is typed by hand."
 SCALES = {  # the largest first, as the index lists them
     "paper": "the paper's data and settings, field by field",
     "full": "whole data sets on one GPU: the paper's own protocol where one GPU allows it, else "
@@ -482,9 +482,8 @@ def render_index(results, suites):
         scale = name.split("-")[0]
         return order.index(scale) if scale in order else len(order), name
     suites = {name: suites[name] for name in sorted(suites, key=place)}
-    lines = [INDEX_TITLE, "", *(sentence_on_suite(*item) for item in suites.items()), "",
-             "Made from the records; no number is typed by hand."
-             + (" Remarks: [NOTES.md](NOTES.md)." if (results / "NOTES.md").exists() else "")]
+    lines = ["# Results", "", *(sentence_on_suite(*item) for item in suites.items()), "",
+             INDEX_LINE + " Remarks: [NOTES.md](NOTES.md)." * (results / "NOTES.md").exists()]
     for name, views in suites.items():
         scale = SCALES.get(name.split("-")[0], "a scale of its own")
         drawn = ", on the image sets drawn by the code" * name.endswith("-embedded")
@@ -602,7 +601,7 @@ def write_tables(results, papers):
     Raises what `render` raises, and InputError where the README.md in `results` is another's.
     """
     files, lines, index = render(results, papers), [], results / "README.md"
-    if index.exists() and not index.read_bytes().startswith(INDEX_TITLE.encode()):
+    if index.exists() and INDEX_LINE.encode() not in index.read_bytes():
         raise InputError(f"{index} was not made by this program: name another folder with "
                          "--results DIR")
     for path, content in files.items():

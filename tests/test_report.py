@@ -401,10 +401,10 @@ def test_records_without_script_or_row_are_a_warning(project, capsys):
 
 def test_the_readme_of_somebody_else_is_left_alone(project):
     add(project, "ours/deep", 0, 88.25)
-    (project / "results/README.md").write_text("# My project\n")
+    (project / "results/README.md").write_text("# Results of my thesis\n")
     with pytest.raises(InputError, match="README.md"):
         write_tables(project / "results", project / "papers")
-    assert (project / "results/README.md").read_text() == "# My project\n"
+    assert (project / "results/README.md").read_text() == "# Results of my thesis\n"
     assert not (project / "results/small/demo.md").exists()
 
 
