@@ -49,7 +49,7 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from replicate import checkpoints, evaluate, trainer
-from replicate.launch import launch, require_writable
+from replicate.launch import launch
 from replicate.outputs import save_image
 
 
@@ -763,11 +763,7 @@ def load_encoder(run, path, stem):
 
 def export(run, path):
     """Write the encoder of "swav" as torchvision's state dict, its last layer zero."""
-    config, path = run.config, Path(path)
-    if path.exists():
-        raise trainer.InputError(f"{path} is there already: give --export another name")
-    if not run.plan:  # found out before the training, not after it
-        require_writable(path.parent, "--export")
+    config = run.config
     if config.width != 1 or config.network == "resnet10" or config.stem == "cifar":
         raise trainer.InputError(
             f"torchvision has no {config.network} of width {config.width:g} with stem "
@@ -792,7 +788,7 @@ def use(given):
         digest = hashlib.sha256(Path(given.evaluate).read_bytes()).hexdigest()
         given.overrides += [f"checkpoint={given.evaluate}", f"checkpoint_sha256={digest}"]
         given.rows = "checkpoint/knn*,checkpoint/linear" if given.rows == "*" else given.rows
-    return partial(export, path=given.export) if given.export else None  # else: reproduce
+    return partial(export, path=checkpoints.require_new(given.export)) if given.export else None
 
 
 def main(arguments=None):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from replicate import outputs
-from replicate.launch import require_finite, require_whole
+from replicate.launch import require_finite, require_whole, require_writable
 from replicate.records import InputError
 
 CHILDREN = {"0": "conv1", "1": "bn1",  # of nn.Sequential(*resnet.children()); 2, 3: no weights
@@ -72,8 +72,19 @@ def load_into(module, state, path, kind):
         raise InputError(f"{path}, read as {kind}: {reason}") from None
 
 
+def require_new(path):
+    """-> Path of a file to be written; InputError where it is there already or cannot be made,
+    which is better known before a training than after it."""
+    path = Path(path)
+    if path.exists():
+        raise InputError(f"{path} is there already: give another name")
+    require_writable(path.parent, "--export")
+    return path
+
+
 def write(path, state):
-    """Save {name: tensor} for the CPU, in a file that is whole or not there."""
+    """Save {name: tensor} for the CPU, in a new file that is whole or not there."""
+    require_new(path)
     buffer = io.BytesIO()
     torch.save({name: tensor.cpu().contiguous() for name, tensor in state.items()}, buffer)
     outputs.write(Path(path), buffer.getbuffer())
