@@ -55,7 +55,7 @@ class Config:
     layers: int = 5                 # Sec. 5.1.4: of mSDA
     corruption: float = 0.5         # Sec. 5.1.4: share of the words that mSDA blanks
     penalties: tuple[float, ...] = tuple(10.0 ** power for power in range(-5, 1))   # of the SVM
-    moons_draws: int = 20           # ours
+    moons_draws: int = 75           # ours
     moons_points: int = 300         # official code [1]: of each domain
     moons_hidden: int = 15          # Sec. 5.1.1
     moons_epochs: int = 500         # official code [1]
