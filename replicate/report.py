@@ -483,17 +483,17 @@ def render_index(results, suites):
         return order.index(scale) if scale in order else len(order), name
     suites = {name: suites[name] for name in sorted(suites, key=place)}
     lines = ["# Results", "", *(sentence_on_suite(*item) for item in suites.items()), "",
-             INDEX_LINE + " Remarks: [NOTES.md](NOTES.md)." * (results / "NOTES.md").exists()]
+             INDEX_LINE + " Remarks: [NOTES.md](NOTES.md)." * (results / "NOTES.md").exists(),
+             "", "Claims below: reproduced / contradicted / open, the paper's and those of ours."]
     for name, views in suites.items():
         scale = SCALES.get(name.split("-")[0], "a scale of its own")
         drawn = ", on the image sets drawn by the code" * name.endswith("-embedded")
         lines += ["", f"## {name}", "", f"{scale[0].upper()}{scale[1:]}{drawn}.", ""]
-        table = [[f"[{short_name(view)}]({name}/{view.stem}.md)", headline_text(view),
-                  verdict_text(view),
+        table = [[f"[{short_name(view)}]({name}/{view.stem}.md)", verdict_text(view),
                   verdict_text(view, True) if any(view.verdicts(True)) else "–",
-                  show_time(3600 * view.hours())] for view in views]
-        lines += make_table(["paper", "mean ± sd, accuracy in percent unless named otherwise",
-                             "claims: reproduced / contradicted / open", "ours", "time"], table)
+                  headline_text(view), show_time(3600 * view.hours())] for view in views]
+        lines += make_table(["paper", "its claims", "ours", "mean ± sd, accuracy in percent "
+                             "unless named otherwise", "time"], table)
         pooled = [record for view in views for record in view.pooled]
         seeds = sorted({record["seed"] for record in pooled})
         lines += ["", f"Seeds {', '.join(map(str, seeds)) or 'none'}; {hardware_of(pooled)}; torch "
@@ -511,8 +511,8 @@ def render_block(suites):
             if any(view.rows[row]["values"] for row in view.headline):
                 table[view.stem] = [f"[{short_name(view)}](papers/{view.stem}.py)",
                                     f"[{scale}](results/{scale}/{view.stem}.md)",
-                                    headline_text(view), verdict_text(view)]
-    lines = make_table(["paper", "scale", "mean ± sd over seeds", "claims"],
+                                    verdict_text(view), headline_text(view)]
+    lines = make_table(["paper", "scale", "claims", "mean ± sd over seeds"],
                        [table[stem] for stem in sorted(table)])
     return "\n".join([BLOCK[0], "", *lines, "", BLOCK[1]])
 
