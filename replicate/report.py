@@ -470,9 +470,10 @@ def verdict_text(view, ours=False):
 def sentence_on_suite(name, views):
     """What became of the papers' claims in a suite, as an item of a list."""
     found = [sum(counts) for counts in zip(*(view.verdicts() for view in views))]
-    return (f"- `{name}`, {count(len(views), 'paper')}: of their {count(sum(found), 'claim')} judged "
-            f"there **{found[0]} reproduced, {found[1]} contradicted, {found[2]} open**, after "
-            f"{show_time(sum(3600 * view.hours() for view in views))} in all")
+    hours = sum(view.hours() for view in views)
+    return (f"- `{name}`, {count(len(views), 'paper')}: of their {count(sum(found), 'claim')} "
+            f"judged there **{found[0]} reproduced, {found[1]} contradicted, {found[2]} open**, "
+            f"after {show_time(3600 * hours)} in all")
 
 
 def render_index(results, suites):

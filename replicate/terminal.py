@@ -147,10 +147,10 @@ def choose_scale(papers, data="", device="auto", dataset=""):
     """(scale, reason): `full` where a CUDA GPU is visible and the data are there, else `demo`."""
     import torch
     from replicate import data as image_data
-    if data and not Path(os.path.expanduser(data)).is_dir():
+    root = image_data.data_root(data)
+    if data and not root.is_dir():
         raise InputError(f"no data folder {data}: give another with --data DIR; scale demo needs "
                          "none")
-    root = image_data.data_root(data)
     there = having(papers, "demo")
     lacking = [paper for paper in papers if paper not in there]
     if dataset == "embedded":
