@@ -53,6 +53,25 @@ def test_a_network_that_only_scale_paper_has(tmp_path, capsys):
     assert f"{ALEXNET}: differs in its value" in capsys.readouterr().out
 
 
+def test_other_words_need_no_run_and_other_numbers_do(tmp_path, monkeypatch):
+    def observe(*arguments):
+        raise LookupError("the versions were run")
+    monkeypatch.setattr(neutral, "observe", observe)
+    today = neutral.copy_tree(tmp_path / "today")
+    file, old, new, _ = CHANGES["a comment"]
+    words = mutated(tmp_path / "words", file, old, new)
+    script = words / SCRIPT
+    text = script.read_text().replace('"""(N,C,H,W)', '"""So many images (N,C,H,W)')
+    script.write_text("# A comment.\n" + text)
+    line = neutral.compare([today, words], PAPER, ["smoke", "small"])
+    assert line["changed"] == {"smoke": [], "small": []} and line["words_only"]
+    assert line["old"] != line["new"] == records.code_hash(script, words)
+    for number, change in enumerate([*list(CHANGES.values())[1:],
+                                     ("replicate/records.py", '"evaluate.py"', '"eval.py"', [])]):
+        with pytest.raises(LookupError):
+            neutral.compare([today, mutated(tmp_path / str(number), *change[:3])], PAPER, ["smoke"])
+
+
 def test_rows_that_are_computed_from_others_follow_them():
     def seen(value, weights="w"):
         row = {"value": value, "scores": [], "trainings": ["a"], "uses": [], "error": ""}
