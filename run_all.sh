@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
 # One command for everything: see README.md, or ./run_all.sh --help.
+[ -n "$BASH_VERSION" ] || exec bash "$0" "$@"  # called as `sh run_all.sh`
 set -o pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+unset CDPATH  # with which cd prints
+self=$(realpath "${BASH_SOURCE[0]}" 2>/dev/null) || self=${BASH_SOURCE[0]}  # it may be a link
+here=$(cd "$(dirname "$self")" && pwd)
+export PYTHONSAFEPATH=1  # called from a folder with a papers/ or types.py of its own, it takes none
 usage="usage: ./run_all.sh [smoke|demo|small|full|paper] [SCRIPT ...] [--seeds 0,1,2] [--rows GLOB]
            [--data DIR] [--device auto|cpu|cuda] [--set key=value ...] [--results DIR] [--runs DIR]
            [--force] [--quiet] [--jobs N: so many papers or seeds side by side]
@@ -34,8 +38,9 @@ export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}  # spinning threads slow others down
 cores=$(nproc 2>/dev/null || echo 1); children=(); names=(); stopped=; plan=()
 case "${1:-}" in
-    tables) shift; export PYTHONSAFEPATH=1; exec "$python" -m replicate.report "$@" ;;
+    tables) shift; exec "$python" -m replicate.report "$@" ;;
     test) shift; cd "$here" || exit 2
+        unset PYTHONSAFEPATH
         [ $# = 0 ] || exec "$python" -m pytest -q tests "$@"
         count=$((cores > 4 ? 4 : cores)); status=0  # each core takes its share of the tests
         trap 'kill "${children[@]}" 2>/dev/null; exit 130' INT TERM
@@ -51,7 +56,6 @@ esac
 # glibc keeps freed memory for the next step: a tenth less time on a CPU, a tenth more memory
 export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_-0} MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_-67108864}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-17179869184}
-export PYTHONSAFEPATH=1  # called from a folder with a papers/ of its own, it runs those beside it
 [ "${1:-}" != bench ] || { shift; exec "$python" "$here/tests/bench.py" "$@"; }
 known=$(cd "$here/papers" && printf '%s ' *.yaml | sed 's/\.yaml//g')
 scale=; papers=(); options=(); seeds=; jobs=1

@@ -35,7 +35,6 @@ Run:  python -m papers.swav --scale small        (Imagenette, two CPU cores: 45 
 Result, small: swav/knn20 41.9 +- 1.3 against random/knn20 29.2 (n = 3); paper, full training: 65.7
 """
 import copy
-import hashlib
 import itertools
 import math
 from dataclasses import dataclass, replace
@@ -112,6 +111,7 @@ class Config:
         assert min(self.prototypes, self.batch_size, self.label_batch) >= 2, (
             "prototypes, batch_size, label_batch: at least 2")
         assert not 0 < self.queue < self.batch_size, "queue: 0, or at least the batch size"
+        assert not self.checkpoint or self.checkpoint_sha256, "checkpoint: give it as --evaluate"
         for name in "image_size width test_size hidden temperature epsilon".split():
             assert getattr(self, name) > 0, f"{name} must be above 0"
         for name in "jitter grey blur warmup".split():
@@ -756,7 +756,7 @@ def load_encoder(run, path, stem):
     if headed or (stem == "cifar") != (kernel == 3):
         stem = "cifar" if kernel == 3 else "imagenet"
     encoder = Encoder(kind, channels / 64, stem)
-    checkpoints.load_into(encoder, state, path, kind)
+    checkpoints.load_into(encoder, state, path, f"{kind}, the nearest of {', '.join(RESNETS)}")
     run.say(f"{path}: {kind}, width {channels / 64:g}, stem {stem} (another: --set stem=...)")
     return encoder.to(run.device, memory_format=torch.channels_last)
 
@@ -784,9 +784,12 @@ def options(parser):
 def use(given):
     """Turn --evaluate into settings and rows; --export is done in place of reproduce."""
     given.seeds = given.seeds or ("0" if given.export or given.evaluate else None)
+    if given.export and "," in given.seeds:
+        raise trainer.InputError("--export writes one network: give one seed with --seeds")
     if given.evaluate:
-        digest = hashlib.sha256(Path(given.evaluate).read_bytes()).hexdigest()
-        given.overrides += [f"checkpoint={given.evaluate}", f"checkpoint_sha256={digest}"]
+        digest = checkpoints.digest_of(given.evaluate)
+        given.overrides += [f"checkpoint={Path(given.evaluate).absolute()}",
+                            f"checkpoint_sha256={digest}"]
         given.rows = "checkpoint/knn*,checkpoint/linear" if given.rows == "*" else given.rows
     return partial(export, path=checkpoints.require_new(given.export)) if given.export else None
 

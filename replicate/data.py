@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from replicate import embedded
-from replicate.files import decode, list_classes
+from replicate.files import decode, list_classes, require_apart
 from replicate.records import ROOT, InputError, tidy, write_atomically
 
 DOWNLOAD_SECONDS = 10     # how long a download host may be silent
@@ -411,6 +411,9 @@ def _load_folder(name, root, device, size, streamed):
         train = folder / "train"
         which = f"only one class in {train} ({names[0]})" if names else f"no classes in {train}"
         raise InputError(f"{which}: at least two are needed")
+    require_apart((f"{part}/{names[label]}", path)
+                  for part, paths, each in zip(("train", test.name), files, labels)
+                  for path, label in zip(paths, each))
     counts = tuple(map(len, files))
     if name == "imagenette" and counts not in IMAGENETTE:
         raise InputError(f"{folder} holds {counts[0]} and {counts[1]} pictures where imagenette "

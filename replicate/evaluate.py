@@ -178,7 +178,10 @@ def probe(maps, rows, train, test, cells=4, seed=0):
 
 @torch.no_grad()
 def recalibrate(module, forward, split, count=500):
-    """Batch-norm statistics of forward(images) on `count` images of a split of train; eval mode."""
+    """Batch-norm statistics of forward(images) on `count` images of a split of train; eval mode.
+
+    OverflowError where they are not finite, as after a training that has run away.
+    """
     norms = [m for m in module.train().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [layer.momentum for layer in norms]
     for layer in norms:
@@ -187,6 +190,8 @@ def recalibrate(module, forward, split, count=500):
     forward(next(split.batches([spread]))[0])
     for layer, momentum in zip(norms, momenta):
         layer.momentum = momentum
+        if not layer.running_var.isfinite().all():
+            raise OverflowError("batch-norm statistics hold NaN or infinity")
     return module.eval()
 
 

@@ -17,19 +17,40 @@ KINDS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".bmp
 SMALLEST = 8  # pixels of the shorter side
 
 
+# Pillow spreads the few levels of such grey PNGs over 0..255, but not the one that is transparent
+SPREAD = {"1": 255, "L;2": 85, "L;4": 17}
+
+
+def upright(picture):
+    """A PIL picture turned as its EXIF orientation says, its transparent level mended."""
+    level = picture.info.get("transparency")
+    if picture.format == "PNG" and isinstance(level, int) and picture.tile:
+        picture.info["transparency"] = level * SPREAD.get(picture.tile[0][3], 1)
+    return ImageOps.exif_transpose(picture)
+
+
 def as_seen(picture):
     """PIL picture of any mode -> RGB of 8 bits, as a viewer shows it: turned as its EXIF
     orientation says, transparent parts on white, deeper than 8 bits scaled to 8.
 
     A deep grey picture does not say how many bits are in use: we take the fewest of 8, 12, 16 and
     32 that hold its brightest pixel; floating point is taken as 0..1 where nothing exceeds 1.
+    ValueError for negative whole numbers, since nobody knows what is black among them.
     """
-    picture = ImageOps.exif_transpose(picture)
+    tags = getattr(picture, "tag_v2", {})  # of a TIFF
+    signed, white_is_zero = 2 in np.atleast_1d(tags.get(339, 1)), tags.get(262) == 0
+    picture = upright(picture)
+    if signed and np.asarray(picture).astype(np.int8 if picture.mode == "L" else int).min() < 0:
+        raise ValueError("it holds negative numbers")
     if picture.mode.startswith("I") or picture.mode == "F":
-        levels = np.nan_to_num(np.asarray(picture).astype(np.float64)).clip(0)
+        levels, clear = np.asarray(picture), picture.info.get("transparency")
+        if picture.mode == "I" and tags and not signed:
+            levels = levels.view(np.uint32)  # which Pillow reads as signed
+        values = np.nan_to_num(levels.astype(np.float64)).clip(0)
         tops = [1.0] * (picture.mode == "F") + [2.0 ** bits - 1 for bits in (8, 12, 16, 32)]
-        top = next((top for top in tops if levels.max() <= top), levels.max())
-        picture = Image.fromarray((levels * (255 / top)).round().astype(np.uint8))
+        top = next((top for top in tops if values.max() <= top), values.max())
+        values = np.where(levels == clear, top, top - values if white_is_zero else values)
+        picture = Image.fromarray((values * (255 / top)).round().astype(np.uint8))
     elif picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
@@ -96,7 +117,7 @@ def pictures_below(folder):
             if kind not in KINDS or kind not in Image.registered_extensions():
                 left_out[f"{kind or 'no suffix'} (not read here)"] += 1
             elif not os.path.isfile(path):
-                left_out["dangling link"] += 1
+                left_out["dangling link" if os.path.islink(path) else "not a file"] += 1
             else:
                 paths.append((place, name, path))
     return [path for _, _, path in sorted(paths)], +left_out
@@ -109,12 +130,14 @@ def list_classes(folder):
     letters with accents in two characters.  InputError for a class without a picture.
     """
     try:
+        entries = list(os.scandir(folder))
         classes = sorted((unicodedata.normalize("NFC", entry.name), entry.name)
-                         for entry in os.scandir(folder)
-                         if entry.is_dir() and not hidden(entry.name))
+                         for entry in entries if entry.is_dir() and not hidden(entry.name))
     except OSError as error:
         raise InputError(f"no images in {folder}: {error.strerror}") from None
     paths, labels, counts, left_out = [], [], [], Counter()
+    left_out["hidden"] = sum(hidden(entry.name) for entry in entries)
+    left_out["not in a class's folder"] = len(entries) - len(classes) - left_out["hidden"]
     for label, (name, own) in enumerate(classes):
         found, skipped = pictures_below(os.path.join(folder, own))
         left_out += skipped
@@ -129,7 +152,21 @@ def list_classes(folder):
     if len(counts) > 12:
         counts = [*counts[:10], f"and {len(counts) - 10} classes more"]
     line = f"{folder}: {len(paths)} pictures ({', '.join(counts)})"
-    if left_out:
+    if left_out := +left_out:
         line += "; left out: " + ", ".join(f"{n} {why}" for why, n in sorted(left_out.items()))
     print(line, flush=True)
     return paths, labels, [name for name, _ in classes]
+
+
+def require_apart(places):
+    """InputError where links make one picture lie in two places, such as train/cat and test/dog;
+    places: (name, path) of every picture."""
+    folders, first = {}, {}
+    for place, path in places:
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        own = os.path.realpath(path) if os.path.islink(path) else f"{folders[folder]}/{name}"
+        if first.setdefault(own, place) != place:
+            raise InputError(f"a link makes {path} a picture of both {first[own]} and {place}: "
+                             "remove it")

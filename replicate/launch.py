@@ -110,7 +110,7 @@ def suite_name(scale, config, own, overrides):
     return suite + "-custom" * any(not each.startswith("dataset=") for each in overrides)
 
 
-def require_writable(folder, flag):
+def require_writable(folder, option):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         records.tidy(folder)
@@ -118,8 +118,8 @@ def require_writable(folder, flag):
         probe.write_bytes(b"0" * 4096)
         probe.unlink()
     except OSError as error:
-        raise InputError(f"cannot write to {folder} ({error.strerror}): give another folder with "
-                         f"{flag} DIR") from None
+        raise InputError(f"cannot write to {folder} ({error.strerror}): give another place with "
+                         f"{option}") from None
 
 
 def read_seeds(given, declared):
@@ -148,9 +148,9 @@ def runs(script, Config, options, rows, always):
         raise InputError(f"no data folder {options.data}: give another with --data DIR; "
                          "--scale demo needs none")
     device = set_up(config, options.device)
-    for folder, flag in ((options.results, "--results"), (options.runs, "--runs")):
+    for folder, option in ((options.results, "--results DIR"), (options.runs, "--runs DIR")):
         if not options.plan:
-            require_writable(Path(folder), flag)
+            require_writable(Path(folder), option)
     left_out = {}  # one for all seeds, so that a line is said once
     for seed in seeds[:1] if options.plan else seeds:
         run = Run(script, dataclasses.replace(config, seed=seed), options.scale,

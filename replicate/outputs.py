@@ -4,9 +4,9 @@ import os
 import time
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from replicate.files import as_seen, opened, pictures_below
+from replicate.files import as_seen, opened, pictures_below, upright
 from replicate.launch import tell
 from replicate.records import InputError, tidy, write_atomically
 
@@ -20,7 +20,7 @@ def read(path):
     with opened(path) as picture:
         if not picture.has_transparency_data or picture.mode.startswith("I"):
             return as_seen(picture), None
-        picture = ImageOps.exif_transpose(picture).convert("RGBA")
+        picture = upright(picture).convert("RGBA")
         return picture.convert("RGB"), picture.getchannel("A")
 
 

@@ -57,7 +57,7 @@ def stream(seed, purpose, step=0, device="cpu"):
 
 # Settings
 def convert(name, value, kind):
-    """A YAML value as the type of its field; AssertionError where it cannot be one.
+    """A YAML value, or a text, as the type of its field; AssertionError where it cannot be one.
 
     The path of folder:DIR is made absolute, so that it names the same pictures from everywhere.
     """
@@ -69,11 +69,11 @@ def convert(name, value, kind):
         known = ", ".join(map(str, choices))
         assert value in choices, f"{name} must be one of {known}, not {value!r}"
         return value
-    try:
-        if kind is float and type(value) in (int, str):  # YAML reads 5e-4 as a str
-            value = float(value)
-    except ValueError:
-        pass
+    with contextlib.suppress(ValueError):
+        if type(value) is str and kind is int or kind is float and type(value) in (int, str):
+            value = kind(value)
+    if type(value) is str and kind is bool:
+        value = {"true": True, "false": False}.get(value.lower(), value)
     assert type(value) is kind, f"{name} must be of type {kind.__name__}, not {value!r}"
     assert kind is not float or math.isfinite(value), f"{name} must be finite, not {value}"
     assert kind not in (int, float) or value >= 0, f"{name} must not be negative: {value}"
@@ -90,9 +90,10 @@ def is_text(kind):
 
 
 def parse_yaml(text):
+    """A text, or a list of texts: what YAML makes of numbers (010 is 8) is not what people mean."""
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):  # such as the 99th of a month
+        return yaml.load(text, yaml.BaseLoader)
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text
 
 

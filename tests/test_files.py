@@ -1,5 +1,7 @@
 import os
+import struct
 import unicodedata
+import zlib
 
 import numpy as np
 import pytest
@@ -27,6 +29,72 @@ def test_pictures_deeper_than_eight_bits_keep_their_levels(tmp_path, name, top, 
     got = deep(tmp_path / name, RAMP * top, kind)
     expected = torch.from_numpy(RAMP).float() * (0.5 if "32.tif" in name and kind is np.int32 else 1)
     assert (got - expected).abs().max() < 1.5 / 255
+
+
+def write_tiff(path, values, white_is_zero=False):
+    """A grey TIFF, little endian and not compressed, of whatever kind of numbers."""
+    kind, bits = "uif".index(values.dtype.kind) + 1, 8 * values.dtype.itemsize
+    tags = {256: values.shape[1], 257: values.shape[0], 258: bits, 259: 1,
+            262: 0 if white_is_zero else 1, 273: 200, 277: 1, 278: values.shape[0],
+            279: values.nbytes, 339: kind}
+    content = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    content += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    path.write_bytes(content.ljust(200, b"\0") + values.tobytes())
+    return path
+
+
+@pytest.mark.parametrize("kind,top", [("u1", 255), ("<u2", 65535), ("<u4", 2 ** 32 - 1), ("<f4", 1),
+                                      ("i1", 127), ("<i2", 32767), ("<i4", 2 ** 31 - 1)])
+def test_tiffs_of_all_kinds_of_numbers_are_seen_as_they_are_meant(tmp_path, kind, top):
+    values = (RAMP * top).astype(kind)
+    level = 1 if kind[-2] != "i" else {"i1": 127 / 255, "<i2": 32767 / 65535, "<i4": 0.5}[kind]
+    if kind in ("u1", "<u2", "<f4"):  # Pillow reads no others
+        inverted = decode(write_tiff(tmp_path / "a.tif", values, white_is_zero=True))[0] / 255
+        assert (inverted - (1 - torch.from_numpy(RAMP))).abs().max() < 1.5 / 255
+    assert (decode(write_tiff(tmp_path / "b.tif", values))[0] / 255
+            - level * torch.from_numpy(RAMP)).abs().max() < 1.5 / 255
+    if kind[-2] == "i":
+        with pytest.raises(InputError, match="cannot be read .it holds negative numbers"):
+            decode(write_tiff(tmp_path / "c.tif", values - np.array(2, kind)))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_the_transparent_level_of_a_grey_png_is_white(tmp_path, bits):
+    def chunk(kind, content):
+        return (struct.pack(">I", len(content)) + kind + content
+                + struct.pack(">I", zlib.crc32(kind + content)))
+    header = struct.pack(">IIBBBBB", 16, 16, bits, 0, 0, 0, 0)  # all pixels have level 0
+    for level, white in ((0, 255), (1, 0)):
+        path = tmp_path / f"{level}.png"
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+                         + chunk(b"tRNS", struct.pack(">H", level))
+                         + chunk(b"IDAT", zlib.compress(bytes(16 * (1 + 2 * bits))))
+                         + chunk(b"IEND", b""))
+        assert (decode(path) == white).all()
+
+
+@pytest.mark.parametrize("link,target", [("train/cat/more", "../dog"), ("train/cat/more", "../.."),
+                                         ("train/fox", "cat"), ("test/cat/0.png", "../dog/1.png"),
+                                         ("test/cat/more", "../../train/cat")])
+def test_a_link_puts_no_picture_into_two_places(tmp_path, link, target):
+    root = write_folder(tmp_path / "set")
+    write_folder(root / "own", classes=("fox",), parts=("test",))
+    if "fox" in link:
+        (root / "own" / "test" / "fox").rename(root / "test" / "fox")
+    (root / link).unlink(missing_ok=True)
+    (root / link).symlink_to(target)
+    with pytest.raises(InputError, match="a link makes .* a picture of both .* and .*: remove it"):
+        data.load(f"folder:{root}", tmp_path, "cpu", 16)
+
+
+def test_links_to_pictures_that_lie_elsewhere_are_a_set(tmp_path):
+    root = write_folder(tmp_path / "set")
+    (root / "train").rename(tmp_path / "pool")
+    for path in sorted((tmp_path / "pool").glob("*/*.png")):
+        link = root / "train" / path.relative_to(tmp_path / "pool")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    assert len(data.load(f"folder:{root}", tmp_path, "cpu", 16).train) == 12
 
 
 def test_a_picture_is_turned_as_its_orientation_says(tmp_path):
@@ -99,6 +167,8 @@ def test_a_listing_says_what_it_took_and_what_it_left_out(tmp_path, capsys, monk
     for name in (".DS_Store", ".hidden.png", "notes.txt", "raw.heic"):
         (root / "cat" / name).write_bytes(b"x")
     (root / "dog" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(root / "dog" / "pipe.png")
+    (root / "loose.png").write_bytes(b"x")
     (root / "dog" / "again").symlink_to(root / "dog")  # a loop
     for folder in ("@eaDir", ".thumbnails"):
         (root / folder).mkdir()
@@ -110,7 +180,7 @@ def test_a_listing_says_what_it_took_and_what_it_left_out(tmp_path, capsys, monk
     monkeypatch.setattr(os, "scandir", closed(root / "cat", os.scandir))
     with pytest.raises(InputError, match="left out 1 folder that cannot be opened"):
         list_classes(root)
-    for part in ("13 pictures (cat 7, dog 6)", "4 hidden", "1 .heic", "1 .txt", "1 dangling link", "1 folder seen before"):
+    for part in ("13 pictures (cat 7, dog 6)", "6 hidden", "1 .heic", "1 not a file", "1 not in a class's folder", "1 .txt", "1 dangling link", "1 folder seen before"):
         assert part in printed
 
 

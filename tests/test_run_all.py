@@ -71,6 +71,18 @@ def test_smoke_from_another_folder_with_spaces_and_no_network(clone, tmp_path):
     assert everything == "All pages: out/README.md" and following.startswith("Next: ./run_all.sh ")
 
 
+def test_a_link_to_it_works_in_any_shell_and_folder(clone, tmp_path):
+    for name in ("types.py", "tokenize.py", "pip.py"):  # which Python would take for its own
+        (tmp_path / name).write_text("raise SystemExit(9)")
+    (tmp_path / "ra").symlink_to(clone / "run_all.sh")
+    for prefix in ((), ("sh",)):
+        command = [*prefix, str(tmp_path / "ra"), "smoke", "dann", "--rows", "nope"]
+        done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=300,
+                              env={**ENVIRONMENT, "CDPATH": f".:{clone.parent}"})
+        assert done.returncode == 2 and "no row matches 'nope'" in done.stderr.splitlines()[0]
+    assert not (tmp_path / ".venv").exists() and not (clone / ".venv").exists()
+
+
 @pytest.fixture
 def demo(tmp_path, monkeypatch):
     """A made-up project with two papers, of which one has a scale demo and records."""

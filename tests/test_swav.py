@@ -490,6 +490,20 @@ def test_checkpoints_of_other_projects_are_read(tmp_path, wrap):
     assert all(torch.equal(first, second) for first, second in zip(encoder.state_dict().values(), loaded.state_dict().values()))
 
 
+def test_which_of_two_networks_in_a_file_is_taken_is_said(tmp_path, capsys):
+    encoder = swav.Encoder("resnet18", 0.125)
+    weights = {f"model.{name}": weight for name, weight in encoder.state_dict().items()}
+    torch.save({**weights, "average": encoder.state_dict()}, tmp_path / "file")
+    swav.load_encoder(some_run(tmp_path), tmp_path / "file", "imagenet")
+    assert "model. is taken, average. not" in capsys.readouterr().err
+
+
+def test_a_network_in_a_file_is_known_by_its_content(tmp_path, capsys, folders):
+    """A setting with the path alone would take records of an older file for those of a new one."""
+    assert swav.main(["--scale", "smoke", "--set", "checkpoint=file.pt", *folders]) == 2
+    assert "checkpoint: give it as --evaluate" in capsys.readouterr().err
+
+
 def test_a_module_saved_whole_is_refused_with_the_way_out(tmp_path):
     torch.save(swav.Encoder("resnet18", 0.125), tmp_path / "file")
     with pytest.raises(trainer.InputError, match="save its state dict alone"):
@@ -498,10 +512,12 @@ def test_a_module_saved_whole_is_refused_with_the_way_out(tmp_path):
 
 @pytest.mark.parametrize("damage,message", [
     (lambda state: state["module.layer1.0.conv1.weight"].fill_(math.nan), "layer1.0.conv1.weight holds NaN"),
-    (lambda state: state.pop("module.layer3.0.conv1.weight"), "read as resnet18: .*Missing key.*layer3.0.conv1.weight"),
+    (lambda state: state.pop("module.layer3.0.conv1.weight"), "not fit resnet18, .*resnet50: .*Missing key.*layer3.0.conv1.weight"),
     (lambda state: state.update({"module.layer2.7.conv1.weight": torch.zeros(1)}), "Unexpected key.*layer2.7.conv1.weight"),
     (lambda state: state.update({"module.layer4.0.conv2.weight": torch.zeros(2, 2)}), "size mismatch for layer4.0.conv2.weight"),
     (lambda state: [state.pop(key) for key in list(state) if "conv1" in key], "holds no conv1.weight"),
+    (lambda state: state.update({FIRST: torch.ones(8, 1, 7, 7)}), "for images of 3 channels"),
+    (lambda state: state.update({FIRST: state[FIRST].char()}), "conv1.weight is .*int8"),
     *((lambda state, change=change: state.update({FIRST: change(state[FIRST])}), f"conv1.weight is .*{kind}.*plain tensors")
       for change, kind in ((torch.Tensor.to_sparse, "sparse"), (lambda w: w.to("meta"), "meta"),
                            (lambda w: w.to(torch.complex64), "complex64"),
@@ -522,7 +538,10 @@ def test_files_that_do_not_fit_get_one_line(tmp_path, capsys, folders, write_pac
 def test_files_that_are_none_get_one_line(tmp_path, capsys, folders, write_packed):
     write_packed(tmp_path)
     (tmp_path / "rubbish").write_bytes(b"x" * 300)
-    for name, message in (("rubbish", "is no checkpoint"), ("missing", "No such file or directory")):
+    torch.save(published(swav.Encoder("resnet18", 0.125)), tmp_path / "half")
+    (tmp_path / "half").write_bytes((tmp_path / "half").read_bytes()[:5000])
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in (("rubbish", "copy or download it again"), ("half", "is cut short"), ("missing", "no file"), ("pipe", "no file")):
         assert swav.main(["--scale", "smoke", "--data", str(tmp_path), "--set", "dataset=cifar10", "--evaluate",
                           str(tmp_path / name), *folders]) == 2
         error = capsys.readouterr().err.strip()
@@ -560,21 +579,23 @@ def test_an_exported_network_loads_into_torchvision_and_probes_the_same(tmp_path
 
 def test_small_floats_are_read_and_features_that_overflow_are_no_guess(tmp_path, capsys, folders, write_packed):
     write_packed(tmp_path)
-    for change, status in ((lambda w: w.to(torch.float8_e4m3fn), 0), (lambda w: w * 1e38, 3)):
+    for change, status in ((lambda w: w.to(torch.float8_e4m3fn), 0), (lambda w: w * 1e38, 3),
+                           (lambda w: w * 1e25, 3)):
         state = published(swav.Encoder("resnet18", 0.125))
         state[FIRST] = change(state[FIRST])
         torch.save(state, tmp_path / "file")
         assert swav.main(["--scale", "smoke", "--data", str(tmp_path), "--set", "dataset=cifar10", "--evaluate",
                           str(tmp_path / "file"), "--rows", "checkpoint/knn20", *folders]) == status
-    error = capsys.readouterr().err.strip()
-    assert len(error.splitlines()) == 1 and "features hold NaN or infinity" in error
-    assert [record["status"] for record in records_of(tmp_path / "results")] == ["ok", "failed"]
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 2 and all("statistics hold NaN or infinity" in error for error in errors)
+    assert [r["status"] for r in records_of(tmp_path / "results")] == ["ok", "failed", "failed"]
 
 
 def test_an_export_overwrites_nothing(tmp_path, capsys, folders):
     (tmp_path / "mine.pth").write_bytes(b"mine")
-    for place, message in (("mine.pth", "mine.pth is there already"), ("", "is there already"), ("mine.pth/x", "cannot write to")):
-        assert swav.main(["--scale", "smoke", "--export", str(tmp_path / place), *folders]) == 2
+    for place, message in (("mine.pth", "mine.pth is there already"), ("", "is there already"), ("mine.pth/x", "another place with --export FILE"), ("new", "give one seed")):
+        seeds = "0,1" if place == "new" else "0"
+        assert swav.main(["--scale", "smoke", "--export", str(tmp_path / place), "--seeds", seeds, *folders]) == 2
         printed = capsys.readouterr()
         assert message in printed.err and len(printed.err.splitlines()) == 1 and "min left" not in printed.out
     assert (tmp_path / "mine.pth").read_bytes() == b"mine"

@@ -99,7 +99,7 @@ def test_augmentation_may_return_several_tensors_and_does_not_depend_on_ranks(ma
 @pytest.mark.parametrize("override,message", [
     ("nonsense=1", "unknown setting 'nonsense'"), ("batch_size=0", "batch_size must be above 0"),
     ("batch_size=many", "batch_size must be of type int"), ("batch_size=1.5", "batch_size must be of type int"),
-    ("rate=-1", "rate must not be negative"), ("rate=.nan", "must be finite"), ("pretext_drops=3", "must be a list"),
+    ("rate=-1", "rate must not be negative"), ("rate=nan", "must be finite"), ("batch_size=1:30", "of type int"), ("rate=1:30", "of type float"), ("pretext_drops=3", "must be a list"),
     ("deterministic=maybe", "deterministic must be of type bool"), ("precision=float16", "bfloat16, float32"),
     ("width", "key=value"), ("seed=3", "unknown setting 'seed'"), ("width=2", "at least 4 channels"),
     ("batch_size=true", "of type int"), ("pretext_epochs=0", "must be above 0"), ("momentum=1", "below 1"),
@@ -118,6 +118,9 @@ def test_settings_are_read_as_their_field_wants_them(seventh):
     config = read("rate=5e-4", "pretext_epochs=3")
     assert (config.rate, config.pretext_epochs, config.seed, config.width) == (5e-4, 3.0, 7, 8)
     assert type(config.pretext_epochs) is float and read().pretext_drops == (0.5,)
+    config = read("batch_size=010", "rate=010", "pretext_drops=[0.1, 2e-1]", "deterministic=False")
+    assert (config.batch_size, config.rate, config.pretext_drops) == (10, 10.0, (0.1, 0.2))
+    assert config.deterministic is False
     with pytest.raises(InputError, match="unknown scale 'large'; known: small$"):
         read(scale="large")
     with pytest.raises(AssertionError, match="pretext_drops must be rising fractions"):
