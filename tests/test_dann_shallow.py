@@ -1,4 +1,4 @@
-"""DANN's shallow network: Algorithm 1, mSDA, the SVM and the moons, against slow and plain versions."""
+"""DANN's shallow network: Algorithm 1, mSDA, SVM and moons, against slow and plain versions."""
 import math
 
 import pytest
@@ -62,7 +62,8 @@ def test_training_keeps_the_best_epoch_of_each_network_and_stops():
     epochs = []
 
     def train(held_out, count=60):
-        nets = dann_shallow.first_networks(points @ torch.ones(2, 3), 2, 2, generator.manual_seed(2))
+        nets = dann_shallow.first_networks(points @ torch.ones(2, 3), 2, 2,
+                                           generator.manual_seed(2))
         draw = lambda epoch, pair: epochs.append(epoch) or torch.Generator().manual_seed(epoch)
         return dann_shallow.train(nets, points @ points.transpose(1, 2), torch.arange(20),
                                   torch.arange(20, 40), held_out, labels, torch.tensor([0.0, 1.0]),
@@ -159,7 +160,8 @@ def test_a_file_is_read(tmp_path):
     path.write_text("1 0:2 4999:1\n-1 3:5\n1\n")  # the last review has none of the words
     counts, labels = dann_shallow.read_svmlight(path)
     assert counts.shape == (3, 5000) and labels.tolist() == [1, 0, 1]
-    assert counts[0, 0] == 2 and counts[0, 4999] == 1 and counts[1].sum() == 5 and not counts[2].any()
+    assert (counts[0, 0] == 2 and counts[0, 4999] == 1 and counts[1].sum() == 5
+            and not counts[2].any())
 
 
 def test_moons_are_two_turned_classes():
@@ -179,5 +181,6 @@ def test_moons_are_adapted_and_every_row_is_recorded(tmp_path):
     values = {record["row"]: record["value"] for record in found}
     assert values.keys() == records.read_declared(dann_shallow.__file__)["rows"].keys()
     assert values["moons/dann"] > values["moons/source-only"] + 0.5
-    mean = sum(values[row] for row in values if row.startswith("raw/") and row.endswith("-D/nn")) / 3
+    mean = sum(values[row] for row in values
+               if row.startswith("raw/") and row.endswith("-D/nn")) / 3
     assert 0 < mean < 100
