@@ -70,7 +70,8 @@ def test_bytes_do_not_depend_on_threads(draw):
 
 
 def test_bytes_do_not_depend_on_the_vector_unit():
-    program = ("import hashlib, torch; from replicate.embedded import *; digest = hashlib.sha256()\n"
+    program = ("import hashlib, torch; from replicate.embedded import *; "
+               "digest = hashlib.sha256()\n"
                "for images, _ in (embedded_objects(100, 0), embedded_digits(100, 0, True)):\n"
                "    digest.update(images.numpy().tobytes())\n"
                "print(torch.backends.cpu.get_cpu_capability(), digest.hexdigest())")
@@ -128,7 +129,8 @@ def test_another_size_draws_the_same_scene(name, size):
     assert other.shape[-2:] == (size, size) and torch.equal(labels, other_labels)
     pool = torch.nn.functional.adaptive_avg_pool2d
     coarse, other_coarse = pool(usual.float(), 8), pool(other.float(), 8)
-    assert (coarse - other_coarse).abs().mean() < 0.25 * (coarse - other_coarse.roll(1, 0)).abs().mean()
+    assert ((coarse - other_coarse).abs().mean()
+            < 0.25 * (coarse - other_coarse.roll(1, 0)).abs().mean())
 
 
 def test_blending_is_the_absolute_difference_and_does_not_wrap():
