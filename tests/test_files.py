@@ -22,12 +22,14 @@ def deep(path, values, kind):
 
 
 @pytest.mark.parametrize("name,top,kind", [
-    ("grey16.png", 65535, np.uint16), ("grey16.tif", 65535, np.uint16), ("twelve.png", 4095, np.uint16),
-    ("twelve.tif", 4095, np.uint16), ("grey32.tif", 2 ** 31 - 1, np.int32), ("unit.tif", 1, np.float32),
+    ("grey16.png", 65535, np.uint16), ("grey16.tif", 65535, np.uint16),
+    ("twelve.png", 4095, np.uint16), ("twelve.tif", 4095, np.uint16),
+    ("grey32.tif", 2 ** 31 - 1, np.int32), ("unit.tif", 1, np.float32),
     ("level.tif", 255, np.float32)])
 def test_pictures_deeper_than_eight_bits_keep_their_levels(tmp_path, name, top, kind):
     got = deep(tmp_path / name, RAMP * top, kind)
-    expected = torch.from_numpy(RAMP).float() * (0.5 if "32.tif" in name and kind is np.int32 else 1)
+    expected = torch.from_numpy(RAMP).float() * (
+        0.5 if "32.tif" in name and kind is np.int32 else 1)
     assert (got - expected).abs().max() < 1.5 / 255
 
 
@@ -100,11 +102,13 @@ def test_links_to_pictures_that_lie_elsewhere_are_a_set(tmp_path):
 def test_a_picture_is_turned_as_its_orientation_says(tmp_path):
     upright = np.zeros((20, 30, 3), np.uint8)
     upright[:10] = 255  # bright above
-    for orientation, stored in ((3, upright[::-1, ::-1]), (6, np.rot90(upright)), (8, np.rot90(upright, 3))):
+    for orientation, stored in ((3, upright[::-1, ::-1]), (6, np.rot90(upright)),
+                                (8, np.rot90(upright, 3))):
         exif = Image.Exif()
         exif[0x0112] = orientation
         Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "turned.png", exif=exif)
-        assert torch.equal(decode(tmp_path / "turned.png"), torch.from_numpy(upright).permute(2, 0, 1))
+        assert torch.equal(decode(tmp_path / "turned.png"),
+                           torch.from_numpy(upright).permute(2, 0, 1))
 
 
 def test_transparent_parts_lie_on_white(tmp_path):
@@ -121,7 +125,8 @@ def test_transparent_parts_lie_on_white(tmp_path):
     assert (decode(tmp_path / "d.webp").float() - 127).abs().max() <= 1
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"\x89PNG\r\n\x1a\n" + b"\0" * 40, b"GIF89a\1\0"])
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>",
+                                     b"\x89PNG\r\n\x1a\n" + b"\0" * 40, b"GIF89a\1\0"])
 def test_a_file_that_is_no_picture_gets_one_line(tmp_path, content):
     (tmp_path / "odd \U0001f408.png").write_bytes(content)
     with pytest.raises(InputError, match="cannot be read .*: mend or remove it"):
@@ -130,8 +135,10 @@ def test_a_file_that_is_no_picture_gets_one_line(tmp_path, content):
 
 def test_whatever_a_plugin_raises_is_one_line(tmp_path, monkeypatch):
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
-    for error in (RuntimeError("no image item"), KeyError(3), TypeError(), NotImplementedError("rare\nkind")):
-        monkeypatch.setattr(Image.Image, "convert", lambda *_, error=error: (_ for _ in ()).throw(error))
+    for error in (RuntimeError("no image item"), KeyError(3), TypeError(),
+                  NotImplementedError("rare\nkind")):
+        monkeypatch.setattr(Image.Image, "convert",
+                            lambda *_, error=error: (_ for _ in ()).throw(error))
         with pytest.raises(InputError, match="a.png cannot be read") as caught:
             decode(tmp_path / "a.png")
         assert "\n" not in str(caught.value)
@@ -180,7 +187,8 @@ def test_a_listing_says_what_it_took_and_what_it_left_out(tmp_path, capsys, monk
     monkeypatch.setattr(os, "scandir", closed(root / "cat", os.scandir))
     with pytest.raises(InputError, match="left out 1 folder that cannot be opened"):
         list_classes(root)
-    for part in ("13 pictures (cat 7, dog 6)", "6 hidden", "1 .heic", "1 not a file", "1 not in a class's folder", "1 .txt", "1 dangling link", "1 folder seen before"):
+    for part in ("13 pictures (cat 7, dog 6)", "6 hidden", "1 .heic", "1 not a file",
+                 "1 not in a class's folder", "1 .txt", "1 dangling link", "1 folder seen before"):
         assert part in printed
 
 
