@@ -214,8 +214,8 @@ def test_claims_in_the_page_and_for_programs(project):
     assert {"id": "deeper", "verdict": "reproduced", "mean": 10.0, "low": 10.0, "high": 10.0,
             "n": 3, "margin": 2,
             "statement": "Depth helps."}.items() <= summary["claims"][0].items()
-    assert ("| [Demo 2020](small/demo.md) | 2 / 0 / 0 | – | ours/deep 91.0 ± 1.0; ours/flat 81.0 "
-            "± 1.0; random 83.0 ± 1.0 |") in files[project / "results/README.md"]
+    assert ("| [Demo 2020](small/demo.md) | 2 / 0 / 0 | – | ours/deep 91.0 ± 1.0; ours/flat "
+            "81.0 ± 1.0; random 83.0 ± 1.0 |") in files[project / "results/README.md"]
 
 
 def test_a_claim_may_compare_differences_wait_for_a_scale_or_be_ours(project):
@@ -370,8 +370,9 @@ def test_check_finds_hand_edits_missing_and_extra_files(project):
     write_tables(results, papers)
     (results / "small/summary.json").unlink()
     (results / "small/gone.md").write_text("old\n")
-    assert check_tables(results, papers) == ["results/small/summary.json: missing",
-                                             "results/small/gone.md: follows from no record; delete it"]
+    assert check_tables(results, papers) == [
+        "results/small/summary.json: missing",
+        "results/small/gone.md: follows from no record; delete it"]
     assert (results / "NOTES.md").read_text() == "by hand\n"
     assert not list(results.rglob("*.tmp"))
 
