@@ -186,7 +186,8 @@ def test_a_terminal_that_knows_only_ascii_shows_everything(demo, monkeypatch):
 def test_papers_take_turns_through_the_seeds_that_they_declare(tmp_path, monkeypatch):
     (tmp_path / "papers").mkdir()
     for name, small in (("one", "{seeds: [0, 1, 2, 3]}"), ("two", "{}"), ("three", "{seeds: [7]}")):
-        (tmp_path / "papers" / f"{name}.yaml").write_text(f"scales: {{small: {small}}}\nrows: {{}}\n")
+        (tmp_path / "papers" / f"{name}.yaml").write_text(
+            f"scales: {{small: {small}}}\nrows: {{}}\n")
     monkeypatch.setattr(terminal, "ROOT", tmp_path)
     assert terminal.turns(["one", "two", "three"], "small") == [
         "one 0", "two 0", "three 7", "one 1", "two 1", "one 2", "two 2", "one 3"]
@@ -198,8 +199,10 @@ def test_papers_take_turns_through_the_seeds_that_they_declare(tmp_path, monkeyp
     (["smoke", "gidaris_rotation", "--rows"], "--rows: expected one argument"),
     (["smoke", "gidaris_rotation", "--seeds", "x"], "--seeds takes whole numbers"),
     (["--data", "/does/not/exist"], "no data folder /does/not/exist"),
-    *((["smoke", "--jobs", jobs], "--jobs takes a whole number from 1") for jobs in ("0", "00", "08", "9" * 20)),
-    *((["smoke", "--seeds", seeds], f"such as 0,1,2, not '{seeds}'") for seeds in ("*", ",", "", "0,")),
+    *((["smoke", "--jobs", jobs], "--jobs takes a whole number from 1")
+      for jobs in ("0", "00", "08", "9" * 20)),
+    *((["smoke", "--seeds", seeds], f"such as 0,1,2, not '{seeds}'")
+      for seeds in ("*", ",", "", "0,")),
     (["smoke", "../papers/swav"], "unknown scale or paper '../papers/swav'"),
 ])
 def test_wrong_words_are_named(clone, arguments, message):
@@ -289,8 +292,8 @@ def test_a_terminated_run_all_takes_its_child_along(clone, tmp_path):
 
 # Every command of README, on tiny copies of the scales
 KEPT = {"gidaris_rotation": ["random/conv", "rotnet4/conv"], "swav": ["swav/knn20"],
-        "zhang_colorization": ["full/auc-raw"], "dann": ["mnist-mnistm/source-only", "own/source-only"],
-        "mirrored": ["*"]}
+        "zhang_colorization": ["full/auc-raw"],
+        "dann": ["mnist-mnistm/source-only", "own/source-only"], "mirrored": ["*"]}
 ELSEWHERE = {"./run_all.sh bench": "test_bench.py"}
 
 
