@@ -1,5 +1,5 @@
 """A training step does not grow unseen, and never makes the device and the processor wait for one
-another: the operations of every script's main training are counted, and those that wait are none."""
+another: the operations of every script's main training are counted, and none of them may wait."""
 import collections
 import importlib
 
