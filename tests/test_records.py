@@ -27,14 +27,16 @@ def test_a_torn_line_is_closed_before_the_next_and_costs_one_warning(tmp_path):
     b'{"row": "a", "seed": 0, "status": "ok", "config_hash": "h", "value": NaN}',
     b'{"row": "a", "seed": 0, "status": "ok", "config_hash": "h", "value": 1' + b"0" * 400 + b"}",
     b'{"row": "a", "seed": 0, "status": "ok", "config_hash": "h", "value": 1.0, "config": 3}',
-    b'{"row": "a", "seed": 0, "status": "ok", "config_hash": "h", "value": 1.0, "data": {"mnist": null}}',
+    b'{"row": "a", "seed": 0, "status": "ok", "config_hash": "h", "value": 1.0, '
+    b'"data": {"mnist": null}}',
     b'{"row": "a", "seed": true, "status": "ok", "config_hash": "h", "value": 1.0}'])
 def test_no_damage_stops_the_reader(tmp_path, damage):
     path = tmp_path / "x.jsonl"
     good = b'{"row": "a", "seed": 0, "status": "ok", "config_hash": "h", "value": 1.0}'
     path.write_bytes(good + b"\n\n" + damage + b"\n" + good)
     found, warnings = read(path)
-    assert len(found) == 2 and len(warnings) == 1 and warnings[0].endswith("x.jsonl line 3: not a record, skipped")
+    assert len(found) == 2 and len(warnings) == 1 and warnings[0].endswith(
+        "x.jsonl line 3: not a record, skipped")
     assert read(tmp_path / "none.jsonl") == ([], [])
 
 
@@ -49,7 +51,8 @@ def test_what_cannot_be_written_leaves_the_file_as_it_was(tmp_path, monkeypatch)
     with pytest.raises(OSError, match="disk is full"):
         append(path, GOOD)
     assert path.read_bytes() == before
-    monkeypatch.setattr(records.os, "fsync", lambda descriptor: os.open("/nonexistent/x", os.O_RDONLY))
+    monkeypatch.setattr(records.os, "fsync",
+                        lambda descriptor: os.open("/nonexistent/x", os.O_RDONLY))
     with pytest.raises(OSError):
         records.write_atomically(path, b"new")
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]
@@ -57,33 +60,38 @@ def test_what_cannot_be_written_leaves_the_file_as_it_was(tmp_path, monkeypatch)
 
 def test_two_processes_appending_at_once_lose_nothing(tmp_path):
     program = ("import sys; from pathlib import Path; from replicate.records import append\n"
-               "for seed in range(200): append(Path(sys.argv[1]), {'row': sys.argv[2], 'seed': seed, 'status': 'ok', "
-               "'config_hash': 'h' * 3000, 'value': 1.0})")
+               "for seed in range(200): append(Path(sys.argv[1]), {'row': sys.argv[2], "
+               "'seed': seed, 'status': 'ok', 'config_hash': 'h' * 3000, 'value': 1.0})")
     path = tmp_path / "x.jsonl"
-    processes = [subprocess.Popen([sys.executable, "-c", program, str(path), row], cwd=ROOT) for row in ("a", "b")]
+    processes = [subprocess.Popen([sys.executable, "-c", program, str(path), row], cwd=ROOT)
+                 for row in ("a", "b")]
     assert [process.wait(timeout=60) for process in processes] == [0, 0]
     found, warnings = read(path)
     assert not warnings and len(found) == 400
-    assert {(record["row"], record["seed"]) for record in found} == {(row, seed) for row in "ab" for seed in range(200)}
+    assert {(record["row"], record["seed"]) for record in found} == {
+        (row, seed) for row in "ab" for seed in range(200)}
 
 
 def test_find_takes_the_last_finished_record_of_that_very_run():
     second, failed = {**GOOD, "value": 2.0}, {**GOOD, "status": "failed"}
-    assert find([GOOD, second, failed], "a", 0, "h") is second and find([failed], "a", 0, "h") is None
+    assert (find([GOOD, second, failed], "a", 0, "h") is second
+            and find([failed], "a", 0, "h") is None)
     assert find([GOOD], "a", 1, "h") is None and find([GOOD], "a", 0, "other") is None
 
 
 def test_patterns_of_rows_are_spelt_out_in_order():
     rows = {"b": None, "a/block{1,2}/linear": {"where": "x"}, "{c,d}/e": {"paper": 1}}
-    assert list(expand(rows)) == ["b", "a/block1/linear", "a/block2/linear", "c/e", "d/e"] and expand(rows)["b"] == {}
+    assert list(expand(rows)) == ["b", "a/block1/linear", "a/block2/linear", "c/e", "d/e"] and (
+        expand(rows)["b"] == {})
 
 
 @pytest.mark.parametrize("test,weights,margin", [
     ("a > b", {"a": 1, "b": -1}, 0), ("a > b + 5", {"a": 1, "b": -1}, 5),
     ("a > b - 5", {"a": 1, "b": -1}, -5), ("a < b - 5", {"a": -1, "b": 1}, 5),
     ("a < b + 5", {"a": -1, "b": 1}, -5), ("a - b > c - d", {"a": 1, "b": -1, "c": -1, "d": 1}, 0),
-    ("a < b - c - 0.5", {"a": -1, "b": 1, "c": -1}, 0.5), ("a - b > c", {"a": 1, "b": -1, "c": -1}, 0),
-    ("a > b - c", {"a": 1, "b": -1, "c": 1}, 0), ("a - c > b - c", {"a": 1, "b": -1}, 0)])
+    ("a < b - c - 0.5", {"a": -1, "b": 1, "c": -1}, 0.5),
+    ("a - b > c", {"a": 1, "b": -1, "c": -1}, 0), ("a > b - c", {"a": 1, "b": -1, "c": 1}, 0),
+    ("a - c > b - c", {"a": 1, "b": -1}, 0)])
 def test_claims_are_read(tmp_path, test, weights, margin):
     """Weights and margin say: the weighted sum is claimed to be above the margin."""
     (tmp_path / "x.yaml").write_text(
@@ -99,10 +107,12 @@ def test_claims_are_read(tmp_path, test, weights, margin):
 @pytest.mark.parametrize("text", [
     'claims: {c: {test: "a >= b"}}', 'claims: {c: {test: "a > a", where: w, text: t}}',
     'claims: {c: {test: "a > b + a", where: w, text: t}}', "headline: [z]", "figures: [1]",
-    'claims: {c: {test: "a > b", where: w, text: t, scales: [none]}}', 'claims: {c: {test: "a > z"}}', "claims: {c: 3}", "rows: [a, b]", "rows: {a: [", "- 1", "",
+    'claims: {c: {test: "a > b", where: w, text: t, scales: [none]}}',
+    'claims: {c: {test: "a > z"}}', "claims: {c: 3}", "rows: [a, b]", "rows: {a: [", "- 1", "",
     "curves: {c: {lines: {l: [[1, z]]}}}", "curves: {c: {lines: {l: {row: z}}}}"])
 def test_what_makes_no_sense_names_the_file(tmp_path, text):
-    (tmp_path / "x.yaml").write_text(("" if "rows" in text else "rows: {a: , b: }\n") * (len(text) > 4) + text)
+    (tmp_path / "x.yaml").write_text(
+        ("" if "rows" in text else "rows: {a: , b: }\n") * (len(text) > 4) + text)
     with pytest.raises(InputError, match="x.yaml"):
         read_declared(tmp_path / "x.yaml")
 
