@@ -17,17 +17,22 @@ from replicate.records import ROOT, InputError
 
 @pytest.mark.parametrize("arguments,message", [
     (["--scale", "tiny"], "unknown scale 'tiny'; known: smoke, demo, small, full, paper"),
-    (["--rows", "nothing"], "no row matches 'nothing'"), (["--seeds", "-1"], "seed -1: seeds start at 0"),
-    (["--seeds", "9" * 30], "and end before"),
-    (["--seeds", "a"], "--seeds takes whole numbers"), (["--device", "tpu"], "unknown device 'tpu'"),
-    (["--set", "batch_size=0"], "batch_size must be above 0"), (["--set", "width=1"], "at least 4 channels"),
+    (["--rows", "nothing"], "no row matches 'nothing'"),
+    (["--seeds", "-1"], "seed -1: seeds start at 0"), (["--seeds", "9" * 30], "and end before"),
+    (["--seeds", "a"], "--seeds takes whole numbers"),
+    (["--device", "tpu"], "unknown device 'tpu'"),
+    (["--set", "batch_size=0"], "batch_size must be above 0"),
+    (["--set", "width=1"], "at least 4 channels"),
     (["--data", "/does/not/exist"], "no data folder /does/not/exist"),
-    (["--colour"], "unrecognized arguments: --colour"), (["--set", "dataset=nothing"], "unknown data set 'nothing'"),
+    (["--colour"], "unrecognized arguments: --colour"),
+    (["--set", "dataset=nothing"], "unknown data set 'nothing'"),
     (["--set", "pretext_epochs=0.00001", "--rows", "mirrored/*"], "a longer budget is needed"),
-    (["--set", "pretext_drops=[30, 60]"], "rising fractions"), (["--rows"], "--rows: expected one argument"),
-    (["--scale", ""], "--scale is empty"), (["--data="], "--data is empty"), (["--seeds", ""], "--seeds is empty"),
+    (["--set", "pretext_drops=[30, 60]"], "rising fractions"),
+    (["--rows"], "--rows: expected one argument"), (["--scale", ""], "--scale is empty"),
+    (["--data="], "--data is empty"), (["--seeds", ""], "--seeds is empty"),
 ])
-def test_wrong_input_gets_one_line_and_leaves_nothing(tmp_path, seventh, capsys, folders, arguments, message):
+def test_wrong_input_gets_one_line_and_leaves_nothing(tmp_path, seventh, capsys, folders,
+                                                      arguments, message):
     assert seventh.main(["--scale", "smoke", *arguments, *folders]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1
@@ -67,28 +72,34 @@ def test_more_ranks_than_gpus_are_said(monkeypatch, seventh, capsys, folders):
     assert "invalid device ordinal" in error and len(error.splitlines()) == 1
 
 
-def test_a_finished_row_is_not_run_again_unless_forced(tmp_path, seventh, capsys, folders, tiny, records_of):
+def test_a_finished_row_is_not_run_again_unless_forced(tmp_path, seventh, capsys, folders, tiny,
+                                                       records_of):
     for arguments, count in (([], 2), ([], 2), (["--force"], 4)):
         assert seventh.main([*tiny, *folders, *arguments]) == 0
         assert len(records_of(tmp_path / "results")) == count
-        assert ("nothing to do" in capsys.readouterr().out) == (count == 2 and (tmp_path / "seen").exists())
+        assert ("nothing to do" in capsys.readouterr().out) == (
+            count == 2 and (tmp_path / "seen").exists())
         (tmp_path / "seen").touch()
     first, second = records_of(tmp_path / "results")[:2], records_of(tmp_path / "results")[2:]
     assert first == second  # trained anew, the same to the last digit
 
 
-def test_a_training_that_fails_is_recorded_and_the_other_rows_go_on(tmp_path, seventh, tiny, folders, records_of, capsys):
+def test_a_training_that_fails_is_recorded_and_the_other_rows_go_on(
+        tmp_path, seventh, tiny, folders, records_of, capsys):
     for force in ([], ["--force"]):
         assert seventh.main([*tiny, *folders, "--set", "rate=1e38", *force]) == 3
         error = capsys.readouterr().err
-        assert error.startswith("error: mirrored: the loss is not finite") and len(error.splitlines()) == 1
+        assert (error.startswith("error: mirrored: the loss is not finite")
+                and len(error.splitlines()) == 1)
     found = [(record["row"], record["status"]) for record in records_of(tmp_path / "results")]
     assert found == [("random/linear", "ok"), ("mirrored/linear", "failed")] * 2
     assert not list((tmp_path / "runs").rglob("*.pt"))  # nothing broken is kept
-    assert seventh.main([*tiny, *folders, "--set", "rate=1e38"]) == 3  # a failed row counts as not done
+    # A failed row counts as not done.
+    assert seventh.main([*tiny, *folders, "--set", "rate=1e38"]) == 3
 
 
-def test_running_out_of_memory_is_a_failed_row_and_one_line(tmp_path, seventh, capsys, monkeypatch, folders, tiny, records_of):
+def test_running_out_of_memory_is_a_failed_row_and_one_line(
+        tmp_path, seventh, capsys, monkeypatch, folders, tiny, records_of):
     def greedy(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -99,9 +110,12 @@ def test_running_out_of_memory_is_a_failed_row_and_one_line(tmp_path, seventh, c
     assert [record["status"] for record in records_of(tmp_path / "results")] == ["failed"]
 
 
-def test_a_config_that_reproduce_makes_is_checked_and_faults_of_ours_are_not_hidden(seventh, monkeypatch, capsys, folders, tiny):
-    monkeypatch.setattr(seventh, "pretrain", lambda run, *rest: dataclasses.replace(run.config, width=1))
-    assert seventh.main([*tiny, *folders]) == 2 and "error: width 1: at least 4" in capsys.readouterr().err
+def test_a_config_that_reproduce_makes_is_checked_and_faults_of_ours_are_not_hidden(
+        seventh, monkeypatch, capsys, folders, tiny):
+    monkeypatch.setattr(seventh, "pretrain",
+                        lambda run, *rest: dataclasses.replace(run.config, width=1))
+    assert (seventh.main([*tiny, *folders]) == 2
+            and "error: width 1: at least 4" in capsys.readouterr().err)
 
     def faulty(*arguments):
         assert False, "ours"
@@ -112,15 +126,18 @@ def test_a_config_that_reproduce_makes_is_checked_and_faults_of_ours_are_not_hid
 
 def test_folders_that_cannot_be_written_are_said_before_training(tmp_path, seventh, capsys):
     (tmp_path / "file").write_text("in the way")
-    for results, runs, option in (("file/results", "runs", "--results"), ("results", "file/runs", "--runs")):
-        assert seventh.main(["--scale", "smoke", "--results", f"{tmp_path}/{results}", "--runs", f"{tmp_path}/{runs}"]) == 2
+    for results, runs, option in (("file/results", "runs", "--results"),
+                                  ("results", "file/runs", "--runs")):
+        assert seventh.main(["--scale", "smoke", "--results", f"{tmp_path}/{results}",
+                             "--runs", f"{tmp_path}/{runs}"]) == 2
         assert f"give another folder with {option} DIR" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module,function,option", [(records, "append", "--results DIR"),
                                                     (trainer, "write_atomically", "--runs DIR")])
-def test_a_disk_that_fills_up_is_said_and_costs_nothing(tmp_path, seventh, capsys, monkeypatch, folders, tiny, records_of,
-                                                        module, function, option):
+def test_a_disk_that_fills_up_is_said_and_costs_nothing(
+        tmp_path, seventh, capsys, monkeypatch, folders, tiny, records_of, module, function,
+        option):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
@@ -129,10 +146,12 @@ def test_a_disk_that_fills_up_is_said_and_costs_nothing(tmp_path, seventh, capsy
         assert seventh.main([*tiny, "--rows", "mirrored/*", *folders]) == 2
     error = capsys.readouterr().err.strip()
     assert "No space left" in error and option in error and len(error.splitlines()) == 1
-    assert seventh.main([*tiny, "--rows", "mirrored/*", *folders]) == 0 and len(records_of(tmp_path / "results")) == 1
+    assert (seventh.main([*tiny, "--rows", "mirrored/*", *folders]) == 0
+            and len(records_of(tmp_path / "results")) == 1)
 
 
-def test_a_damaged_record_line_is_named_and_its_row_run_again(tmp_path, seventh, capsys, folders, tiny):
+def test_a_damaged_record_line_is_named_and_its_row_run_again(tmp_path, seventh, capsys, folders,
+                                                              tiny):
     assert seventh.main([*tiny, *folders]) == 0
     (path,) = (tmp_path / "results").rglob("*.jsonl")
     lines = path.read_text().splitlines(keepends=True)
@@ -141,7 +160,8 @@ def test_a_damaged_record_line_is_named_and_its_row_run_again(tmp_path, seventh,
     assert seventh.main([*tiny, *folders]) == 0
     out = capsys.readouterr().out
     assert "line 1: not a record, skipped" in out and "1 rows to do" in out
-    assert path.read_text().splitlines(keepends=True)[1] == lines[1] and len(path.read_text().splitlines()) == 3
+    assert (path.read_text().splitlines(keepends=True)[1] == lines[1]
+            and len(path.read_text().splitlines()) == 3)
 
 
 def test_two_processes_do_not_share_a_run(tmp_path, seventh, capsys, folders):
@@ -155,7 +175,8 @@ def test_two_processes_do_not_share_a_run(tmp_path, seventh, capsys, folders):
     assert "is going on in another process" in error and len(error.splitlines()) == 1
 
 
-def test_a_plan_writes_nothing_and_prints_minutes_and_memory(tmp_path, seventh, capsys, folders, tiny):
+def test_a_plan_writes_nothing_and_prints_minutes_and_memory(tmp_path, seventh, capsys, folders,
+                                                             tiny):
     assert seventh.main([*tiny, "--plan", *folders]) == 0
     out = capsys.readouterr().out
     first, *lines = out.splitlines()
@@ -175,7 +196,8 @@ def test_a_plan_writes_nothing_and_prints_minutes_and_memory(tmp_path, seventh, 
 def test_a_quiet_run_prints_results_and_errors(seventh, capsys, folders, tiny):
     assert seventh.main([*tiny, "--quiet", *folders]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and all(line.startswith("seed 0  ") and line.endswith(" %") for line in lines)
+    assert len(lines) == 2 and all(
+        line.startswith("seed 0  ") and line.endswith(" %") for line in lines)
     assert seventh.main([*tiny, "--quiet", *folders, "--set", "rate=1e38"]) == 3
     assert "the loss is not finite" in capsys.readouterr().err
 
@@ -213,10 +235,12 @@ def test_an_experiment_does_not_mix_with_the_declared_protocol(monkeypatch, seve
     suites = []
     monkeypatch.setattr(seventh, "reproduce", lambda run: suites.append(run.suite.name))
     width, data = ["--set", "width=8"], ["--set", "dataset=embedded"]
-    for arguments in ([], data, [*data, *width], width, ["--set", "dataset=folder:/a/pets"], ["--set", "dataset=folder:/b/pets"]):
+    for arguments in ([], data, [*data, *width], width, ["--set", "dataset=folder:/a/pets"],
+                      ["--set", "dataset=folder:/b/pets"]):
         assert seventh.main(["--scale", "small", "--seeds", "0", *arguments, *folders]) == 0
     assert suites[:4] == ["small", "small-embedded", "small-embedded-custom", "small-custom"]
-    assert suites[4].startswith("small-pets-") and suites[5].startswith("small-pets-") and suites[4] != suites[5]
+    assert (suites[4].startswith("small-pets-") and suites[5].startswith("small-pets-")
+            and suites[4] != suites[5])
 
 
 def test_rows_options_and_uses_of_a_script(seventh, folders, tiny, capsys):
@@ -232,12 +256,16 @@ def test_rows_options_and_uses_of_a_script(seventh, folders, tiny, capsys):
         return {"done": 7, "run": lambda run: seen.append(run.seed)}.get(given.export)
 
     def go(*arguments):
-        return launch.launch(seventh.__file__, seventh.Config, seventh.reproduce, [*tiny, *folders, *arguments],
-                             rows=lambda config: ["random/*"], options=options, use=use)
+        return launch.launch(seventh.__file__, seventh.Config, seventh.reproduce,
+                             [*tiny, *folders, *arguments], rows=lambda config: ["random/*"],
+                             options=options, use=use)
 
-    assert go("--export=done") == 7 and go("--export", "wrong") == 2 and "error: no such thing" in capsys.readouterr().err
-    assert go() == 0 and go("--export", "run") == 0 and seen == [0] and calls == ["done", "wrong", None, "run"]
-    assert go("--rows", "mirrored/*") == 2 and "no row matches 'mirrored/*'; rows: random/linear" in capsys.readouterr().err
+    assert (go("--export=done") == 7 and go("--export", "wrong") == 2
+            and "error: no such thing" in capsys.readouterr().err)
+    assert (go() == 0 and go("--export", "run") == 0 and seen == [0]
+            and calls == ["done", "wrong", None, "run"])
+    assert (go("--rows", "mirrored/*") == 2 and "no row matches 'mirrored/*'; rows: random/linear"
+            in capsys.readouterr().err)
     with pytest.raises(SystemExit):
         go("--help")
     assert "of this script alone" in capsys.readouterr().out
@@ -245,18 +273,21 @@ def test_rows_options_and_uses_of_a_script(seventh, folders, tiny, capsys):
 
 def test_importing_a_script_has_no_side_effect(tmp_path):
     code = ("import torch; before = torch.get_rng_state(); import papers.gidaris_rotation; "
-            "assert torch.equal(before, torch.get_rng_state()); assert not torch.are_deterministic_algorithms_enabled()")
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                            env={**os.environ, "PYTHONPATH": str(ROOT)})
+            "assert torch.equal(before, torch.get_rng_state()); "
+            "assert not torch.are_deterministic_algorithms_enabled()")
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                            text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert result.returncode == 0 and not list(tmp_path.iterdir()), result.stderr
 
 
-def test_own_folders_are_known_by_their_place_and_content(tmp_path, seventh, capsys, folders, tiny, records_of, monkeypatch):
-    """Names as they are typed, from whatever folder; a record counts only with the same pictures."""
+def test_own_folders_are_known_by_their_place_and_content(
+        tmp_path, seventh, capsys, folders, tiny, records_of, monkeypatch):
+    """Names as typed, from whatever folder; a record counts only with the same pictures."""
     own = write_folder(tmp_path / "my photos: summer #2 \U0001f408", size=(32, 32), counts=(20, 8))
 
     def run(dataset):
-        assert seventh.main([*tiny, *folders, "--set", f"dataset=folder:{dataset}", "--set", "pretext_epochs=8"]) == 0
+        assert seventh.main([*tiny, *folders, "--set", f"dataset=folder:{dataset}",
+                             "--set", "pretext_epochs=8"]) == 0
         return capsys.readouterr().out
 
     run(own)
@@ -274,18 +305,21 @@ def test_own_folders_are_known_by_their_place_and_content(tmp_path, seventh, cap
 
 def test_a_folder_with_a_long_name_gets_a_suite(tmp_path, seventh, folders, tiny, records_of):
     own = write_folder(tmp_path / ("n" * 250), size=(32, 32), counts=(20, 8))
-    assert seventh.main([*tiny, *folders, "--set", f"dataset=folder:{own}", "--set", "pretext_epochs=8"]) == 0
+    assert seventh.main([*tiny, *folders, "--set", f"dataset=folder:{own}",
+                         "--set", "pretext_epochs=8"]) == 0
     assert len(records_of(tmp_path / "results")) == 2
 
 
-def test_a_tilde_that_the_shell_has_left_is_the_home_folder(tmp_path, seventh, tiny, monkeypatch, records_of):
+def test_a_tilde_that_the_shell_has_left_is_the_home_folder(tmp_path, seventh, tiny, monkeypatch,
+                                                            records_of):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert seventh.main([*tiny, "--runs=~/own", "--results=~/own", "--rows", "random/linear"]) == 0
     assert len(records_of(tmp_path / "own")) == 1 and not (tmp_path / "~").exists()
 
 
-def test_only_rows_that_were_asked_for_are_said_to_be_there(tmp_path, seventh, folders, tiny, capsys):
+def test_only_rows_that_were_asked_for_are_said_to_be_there(tmp_path, seventh, folders, tiny,
+                                                            capsys):
     options = [*tiny, *folders, "--rows", "random/linear"]
     assert seventh.main(options) == seventh.main(options) == 0
     assert "nothing to do, 1 rows of" in capsys.readouterr().out
@@ -293,9 +327,12 @@ def test_only_rows_that_were_asked_for_are_said_to_be_there(tmp_path, seventh, f
 
 @pytest.mark.parametrize("environment,message", [
     ({"PYTHONOPTIMIZE": "1"}, "Python's option -O"),  # whose asserts check nothing
-    ({"REPLICATE_DATA": "~nobody-of-this-name/x"}, "/~nobody-of-this-name/x: give it with --data DIR")])
+    ({"REPLICATE_DATA": "~nobody-of-this-name/x"},
+     "/~nobody-of-this-name/x: give it with --data DIR")])
 def test_an_odd_environment_gets_one_line(tmp_path, folders, environment, message):
     result = subprocess.run(
-        [sys.executable, "-m", "papers.gidaris_rotation", "--scale", "smoke", "--set", "dataset=imagenet", *folders],
-        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and message in result.stderr
+        [sys.executable, "-m", "papers.gidaris_rotation", "--scale", "smoke",
+         "--set", "dataset=imagenet", *folders], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
+    assert (result.returncode == 2 and len(result.stderr.splitlines()) == 1
+            and message in result.stderr)
