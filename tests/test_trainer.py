@@ -33,8 +33,8 @@ def make_run(seventh, settings, tmp_path):
     """make_run(folder="", **settings): a Run with folders of its own."""
     def make(folder="", **changes):
         config = dataclasses.replace(settings(), **changes)
-        return trainer.Run(seventh.__file__, config, "smoke", ROWS, results=tmp_path / folder / "results",
-                           runs=tmp_path / folder / "runs")
+        return trainer.Run(seventh.__file__, config, "smoke", ROWS,
+                           results=tmp_path / folder / "results", runs=tmp_path / folder / "runs")
     return make
 
 
@@ -51,7 +51,8 @@ def tiny_fit(run, steps, rate=0.1, purpose="tiny", keep=()):
 
 def weights_of(folder):
     """{file: state dict} of the trainings in a runs folder."""
-    return {path.name: torch.load(path, weights_only=True)["model"] for path in sorted(folder.rglob("*.pt"))}
+    return {path.name: torch.load(path, weights_only=True)["model"]
+            for path in sorted(folder.rglob("*.pt"))}
 
 
 # Random streams
@@ -62,12 +63,14 @@ def test_streams_depend_on_seed_purpose_and_step_only():
     torch.manual_seed(0)
     before = torch.get_rng_state()
     keys = [(0, "augment", 3), (1, "augment", 3), (0, "init", 3), (0, "augment", 4)]
-    assert numbers(*keys[0]) == numbers(*keys[0]) and len(set(itertools.starmap(numbers, keys))) == 4
+    assert (numbers(*keys[0]) == numbers(*keys[0])
+            and len(set(itertools.starmap(numbers, keys))) == 4)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_shuffling_visits_every_image_once_an_epoch_and_can_start_anywhere(make_run):
-    batches = make_run().shuffled(Resident(torch.arange(10).view(10, 1, 1, 1), torch.arange(10)), 4, "x")
+    batches = make_run().shuffled(Resident(torch.arange(10).view(10, 1, 1, 1), torch.arange(10)),
+                                  4, "x")
 
     def take(first, count):
         return [labels.tolist() for _, labels in itertools.islice(batches(first), count)]
@@ -98,11 +101,15 @@ def test_augmentation_may_return_several_tensors_and_does_not_depend_on_ranks(ma
 # Settings
 @pytest.mark.parametrize("override,message", [
     ("nonsense=1", "unknown setting 'nonsense'"), ("batch_size=0", "batch_size must be above 0"),
-    ("batch_size=many", "batch_size must be of type int"), ("batch_size=1.5", "batch_size must be of type int"),
-    ("rate=-1", "rate must not be negative"), ("rate=nan", "must be finite"), ("batch_size=1:30", "of type int"), ("rate=1:30", "of type float"), ("pretext_drops=3", "must be a list"),
-    ("deterministic=maybe", "deterministic must be of type bool"), ("precision=float16", "bfloat16, float32"),
-    ("width", "key=value"), ("seed=3", "unknown setting 'seed'"), ("width=2", "at least 4 channels"),
-    ("batch_size=true", "of type int"), ("pretext_epochs=0", "must be above 0"), ("momentum=1", "below 1"),
+    ("batch_size=many", "batch_size must be of type int"),
+    ("batch_size=1.5", "batch_size must be of type int"), ("rate=-1", "rate must not be negative"),
+    ("rate=nan", "must be finite"), ("batch_size=1:30", "of type int"),
+    ("rate=1:30", "of type float"), ("pretext_drops=3", "must be a list"),
+    ("deterministic=maybe", "deterministic must be of type bool"),
+    ("precision=float16", "bfloat16, float32"), ("width", "key=value"),
+    ("seed=3", "unknown setting 'seed'"), ("width=2", "at least 4 channels"),
+    ("batch_size=true", "of type int"), ("pretext_epochs=0", "must be above 0"),
+    ("momentum=1", "below 1"),
 ])
 def test_wrong_settings_are_named(settings, override, message):
     with pytest.raises(InputError, match=message):
@@ -165,25 +172,32 @@ sys.exit(module.main(sys.argv[4:]))
 
 
 def test_killed_at_random_steps_ends_in_the_same_bytes(tmp_path, seventh, tiny, script, records_of):
-    """kill -9 before, while and after a checkpoint is written; weights, records and tables agree bit for bit."""
+    """kill -9 before, while and after a checkpoint is written; weights, records and tables agree
+    bit for bit."""
     tiny = [*tiny, "--set", "pretext_epochs=3", "--rows", "mirrored/*"]  # 30 steps
-    environment = {"OMP_NUM_THREADS": "2", "REPLICATE_CHECKPOINT_SECONDS": "0"}  # a checkpoint at every step
-    whole = script(*tiny, "--results", f"{tmp_path}/a", "--runs", f"{tmp_path}/ra", OMP_NUM_THREADS="2")
+    # A checkpoint is written at every step.
+    environment = {"OMP_NUM_THREADS": "2", "REPLICATE_CHECKPOINT_SECONDS": "0"}
+    whole = script(*tiny, "--results", f"{tmp_path}/a", "--runs", f"{tmp_path}/ra",
+                   OMP_NUM_THREADS="2")
     assert whole.returncode == 0, whole.stderr
     seed = time.time_ns()
     chance, steps, out = random.Random(seed), 0, ""
     rest = [*tiny, "--results", f"{tmp_path}/b", "--runs", f"{tmp_path}/rb"]
     for number, moment in enumerate(("before", "during", "after")):
         target = 4 + 9 * number + chance.randint(0, 6)
-        result = subprocess.run([sys.executable, "-c", DYING, seventh.__file__, str(target - steps), moment, *rest],
-                                cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120)
+        result = subprocess.run([sys.executable, "-c", DYING, seventh.__file__,
+                                 str(target - steps), moment, *rest], cwd=ROOT,
+                                env={**os.environ, **environment}, capture_output=True, text=True,
+                                timeout=120)
         assert result.returncode == -signal.SIGKILL, f"seed {seed}: {result.stdout}{result.stderr}"
         steps = target - (moment != "after")
         out += result.stdout
     last = script(*rest, **environment)
-    assert last.returncode == 0 and (out + last.stdout).count("resumed at step") == 3, f"seed {seed}: {out}{last}"
+    assert (last.returncode == 0
+            and (out + last.stdout).count("resumed at step") == 3), f"seed {seed}: {out}{last}"
     (expected,), (actual,) = (weights_of(tmp_path / runs).values() for runs in ("ra", "rb"))
-    assert all(torch.equal(tensor, actual[name]) for name, tensor in expected.items()), f"seed {seed}"
+    assert all(torch.equal(tensor, actual[name])
+               for name, tensor in expected.items()), f"seed {seed}"
     assert records_of(tmp_path / "a") == records_of(tmp_path / "b")
     tables = [next((tmp_path / part).rglob("mirrored.md")).read_text() for part in "ab"]
     assert [line for line in tables[0].splitlines() if " in all" not in line] == \
@@ -191,14 +205,17 @@ def test_killed_at_random_steps_ends_in_the_same_bytes(tmp_path, seventh, tiny, 
 
 
 def test_interrupts_save_and_say_how_to_go_on(tmp_path, seventh, tiny):
-    command = [sys.executable, seventh.__file__, *tiny, "--rows", "mirrored/*", "--set", "pretext_epochs=5000",
-               "--results", f"{tmp_path}/a", "--runs", f"{tmp_path}/ra"]
+    command = [sys.executable, seventh.__file__, *tiny, "--rows", "mirrored/*",
+               "--set", "pretext_epochs=5000", "--results", f"{tmp_path}/a",
+               "--runs", f"{tmp_path}/ra"]
     environment = {**os.environ, "REPLICATE_CHECKPOINT_SECONDS": "0", "PYTHONPATH": str(ROOT)}
     for number in (signal.SIGINT, signal.SIGTERM):
         before = [path.stat().st_mtime_ns for path in (tmp_path / "ra").rglob("mirrored.pt")]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   text=True, env=environment)
         deadline = time.time() + 120
-        while [path.stat().st_mtime_ns for path in (tmp_path / "ra").rglob("mirrored.pt")] == before:
+        while [path.stat().st_mtime_ns
+               for path in (tmp_path / "ra").rglob("mirrored.pt")] == before:
             assert process.poll() is None and time.time() < deadline, process.communicate()
             time.sleep(0.01)
         process.send_signal(number)
@@ -212,7 +229,8 @@ def test_learning_curves_cover_every_step_and_survive_a_stop(make_run, monkeypat
     curve = trainer.learning_curves({"loss": torch.arange(120.0)})["loss"]
     assert len(curve) == 50 and curve[-1][0] == 120
     starts = [0] + [step for step, _ in curve]
-    assert all(mean == pytest.approx((first + last - 1) / 2) for first, (last, mean) in zip(starts, curve))
+    assert all(mean == pytest.approx((first + last - 1) / 2)
+               for first, (last, mean) in zip(starts, curve))
     whole = tiny_fit(make_run("a"), 30)
     assert [step for step, _ in whole.curves["loss"]] == list(range(1, 31)) and whole.steps == 30
     with monkeypatch.context() as patch:
@@ -229,7 +247,8 @@ def test_learning_curves_cover_every_step_and_survive_a_stop(make_run, monkeypat
     assert run.records[-1]["history"] == whole.curves and run.records[-1]["steps"] == 30
 
 
-def test_weights_on_the_way_are_kept_through_a_stop_and_belong_to_their_steps(make_run, monkeypatch):
+def test_weights_on_the_way_are_kept_through_a_stop_and_belong_to_their_steps(make_run,
+                                                                              monkeypatch):
     short = tiny_fit(make_run("short"), 4).model.weight.clone()
     whole = tiny_fit(make_run("a"), 30, keep=[4, 20])
     assert [*whole.kept] == [4, 20] and torch.equal(whole.kept[4]["weight"], short)
@@ -270,7 +289,8 @@ def test_a_bad_checkpoint_is_set_aside_and_made_anew(tmp_path, make_run, capsys,
                           "evil": pickle.dumps(Evil(str(tmp_path / "evil")))}[damage])
     again = tiny_fit(make_run(), 5)
     out = capsys.readouterr().out
-    assert "set aside as tiny.pt.damaged" in out and str(path) in out and not (tmp_path / "evil").exists()
+    assert ("set aside as tiny.pt.damaged" in out and str(path) in out
+            and not (tmp_path / "evil").exists())
     assert torch.equal(again.model.weight, expected) and path.with_suffix(".pt.damaged").exists()
     assert torch.load(path, weights_only=True)["step"] == 5
 
@@ -283,7 +303,8 @@ def test_all_code_that_had_a_hand_in_a_row_is_recorded(make_run, capsys):
     trained = tiny_fit(fresh, 3)
     fresh.wants("*")
     fresh.record("mirrored/linear", lambda: 1.0, after=[trained])
-    assert fresh.records[-1]["codes"] == ["older"] and fresh.records[-1]["code"] == fresh.provenance["code"] != "older"
+    assert (fresh.records[-1]["codes"] == ["older"]
+            and fresh.records[-1]["code"] == fresh.provenance["code"] != "older")
 
 
 # Rows
@@ -300,15 +321,19 @@ def test_rows_that_are_wanted_recorded_left_out_and_failed(make_run, capsys):
         run.wants("*")
         tiny_fit(run, 50, rate=1e38, purpose="random/linear")
     run.give_up("why")  # the row that has the training's name, not the other that was asked for
-    assert [(record["row"], record["error"]) for record in run.records] == [("random/linear", "why")]
+    assert [(record["row"], record["error"])
+            for record in run.records] == [("random/linear", "why")]
     assert run.wants("*") == ["mirrored/linear"]
 
 
-def test_test_labels_do_not_reach_training_or_choice(tmp_path, seventh, tiny, records_of, monkeypatch):
-    """With the test labels shifted by one class, all weights are the same; only the counted hits change."""
+def test_test_labels_do_not_reach_training_or_choice(tmp_path, seventh, tiny, records_of,
+                                                     monkeypatch):
+    """With test labels shifted by one class, all weights are the same; only counted hits change."""
     def go(name):
-        assert seventh.main([*tiny, "--results", f"{tmp_path}/{name}", "--runs", f"{tmp_path}/r-{name}"]) == 0
-        return weights_of(tmp_path / f"r-{name}"), [record["value"] for record in records_of(tmp_path / name)]
+        assert seventh.main([*tiny, "--results", f"{tmp_path}/{name}",
+                             "--runs", f"{tmp_path}/r-{name}"]) == 0
+        return weights_of(tmp_path / f"r-{name}"), [
+            record["value"] for record in records_of(tmp_path / name)]
 
     clean_weights, clean = go("clean")
     load = trainer.Run.load
@@ -321,20 +346,24 @@ def test_test_labels_do_not_reach_training_or_choice(tmp_path, seventh, tiny, re
     monkeypatch.setattr(trainer.Run, "load", poisoned)
     weights, other = go("poisoned")
     assert clean_weights.keys() == weights.keys() == {"mirrored.pt"} and clean != other
-    assert all(torch.equal(tensor, weights["mirrored.pt"][name]) for name, tensor in clean_weights["mirrored.pt"].items())
+    assert all(torch.equal(tensor, weights["mirrored.pt"][name])
+               for name, tensor in clean_weights["mirrored.pt"].items())
 
 
 # Ranks
 def test_two_ranks_equal_one(tmp_path, seventh, tiny, two_ranks, script, records_of):
-    """torchrun with two processes: the same rows of data, the same weights to rounding, one writer of records."""
+    """torchrun with two processes: the same rows of data, the same weights to rounding, one writer
+    of records."""
     tiny = [*tiny, "--rows", "mirrored/*", "--device", "cpu"]
-    one = script(*tiny, "--results", f"{tmp_path}/one", "--runs", f"{tmp_path}/r1", OMP_NUM_THREADS="1")
+    one = script(*tiny, "--results", f"{tmp_path}/one", "--runs", f"{tmp_path}/r1",
+                 OMP_NUM_THREADS="1")
     assert one.returncode == 0, one.stderr
     two_ranks(seventh.__file__, *tiny, "--results", f"{tmp_path}/two", "--runs", f"{tmp_path}/r2")
     (first,), (second,) = (weights_of(tmp_path / runs).values() for runs in ("r1", "r2"))
     torch.testing.assert_close(dict(first), dict(second), atol=1e-5, rtol=1e-4)
     (a,), (b,) = records_of(tmp_path / "one"), records_of(tmp_path / "two")
-    assert b["ranks"] == 2 and a["config_hash"] == b["config_hash"] and abs(a["value"] - b["value"]) <= 1
+    assert (b["ranks"] == 2 and a["config_hash"] == b["config_hash"]
+            and abs(a["value"] - b["value"]) <= 1)
 
 
 def test_ranks_that_do_not_divide_the_shards_are_refused(make_run):
@@ -350,7 +379,10 @@ def test_ranks_that_do_not_divide_the_shards_are_refused(make_run):
 # Rates
 def test_learning_rates():
     rate = trainer.stepped(0.1, (0.3, 0.6, 0.8), 0.2)
-    assert [round(rate(p), 6) for p in (0, 0.299, 0.3, 0.6, 0.8, 0.99)] == [0.1, 0.1, 0.02, 0.004, 0.0008, 0.0008]
+    assert [round(rate(p), 6) for p in (0, 0.299, 0.3, 0.6, 0.8, 0.99)] == [
+        0.1, 0.1, 0.02, 0.004, 0.0008, 0.0008]
     rate = trainer.cosine(0.1, 0.2)
-    assert 0 < rate(0) < 0.001 and rate(0.1) == pytest.approx(0.05, rel=0.01) and rate(0.2) == pytest.approx(0.1)
-    assert rate(0.6) == pytest.approx(0.05) and rate(0.9999) < 1e-6 and trainer.cosine(0.1)(0) == pytest.approx(0.1)
+    assert (0 < rate(0) < 0.001 and rate(0.1) == pytest.approx(0.05, rel=0.01)
+            and rate(0.2) == pytest.approx(0.1))
+    assert (rate(0.6) == pytest.approx(0.05) and rate(0.9999) < 1e-6
+            and trainer.cosine(0.1)(0) == pytest.approx(0.1))
