@@ -1,4 +1,5 @@
-"""The invariants of the domain-adversarial paper, cheap ones first; the last tests run the script on tiny sets."""
+"""The invariants of the domain-adversarial paper, cheap ones first; the last tests run the script
+on tiny sets."""
 import copy
 import json
 import math
@@ -26,7 +27,8 @@ PAIR = "mnist-mnistm"
 def some_run(folder, only=("*",), **settings):
     overrides = [f"{key}={value}" for key, value in settings.items()]
     config, _ = trainer.read_settings(dann.Config, DECLARED, "smoke", 0, overrides)
-    return trainer.Run(dann.__file__, config, "smoke", DECLARED["rows"], results=folder, runs=folder, only=only)
+    return trainer.Run(dann.__file__, config, "smoke", DECLARED["rows"], results=folder,
+                       runs=folder, only=only)
 
 
 def some_network(mean=0.0, layers=dann.digit_layers, classes=10, side=28):
@@ -42,15 +44,15 @@ def untrained_of(run):
 
 
 def some_images(count=20, channels=3, size=28, seed=0):
-    return torch.randint(0, 256, (count, channels, size, size), generator=torch.Generator().manual_seed(seed),
-                         dtype=torch.uint8)
+    return torch.randint(0, 256, (count, channels, size, size),
+                         generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
 def some_domains(count=60):
     """Two domains of noise, the target darker, ten classes."""
     def image_set(seed, divisor):
-        return ImageSet("x", *(Resident(some_images(count, seed=seed + part) // divisor, torch.arange(count) % 10)
-                               for part in (0, 10)), 10)
+        return ImageSet("x", *(Resident(some_images(count, seed=seed + part) // divisor,
+                                        torch.arange(count) % 10) for part in (0, 10)), 10)
     return dann.Domains(image_set(1, 1), image_set(2, 3), torch.full((3, 28, 28), 0.3))
 
 
@@ -71,14 +73,16 @@ def test_reversal_passes_features_and_turns_gradients_exactly():
     for strength in (1.0, 0.5, 0.3, 0.0, -1.0):
         turned, head_turned = gradients(strength)
         assert torch.equal(turned, -strength * plain)
-        assert all(torch.equal(a, b) for a, b in zip(head_plain, head_turned))  # the domain head learns at full strength
+        # The domain head learns at full strength.
+        assert all(torch.equal(a, b) for a, b in zip(head_plain, head_turned))
     x = features.clone().requires_grad_()
     dann.reverse_gradient(dann.reverse_gradient(x, 1.0), 1.0).square().sum().backward()
     assert torch.equal(x.grad, 2 * features)  # two reversals cancel
 
 
 def test_one_step_is_the_two_player_update():
-    """Features go down the label loss and up the domain loss, the domain head goes down the domain loss."""
+    """Features go down the label loss and up the domain loss, the domain head goes down the domain
+    loss."""
     model = some_network()
     source, target = (some_images(8, seed=seed) for seed in (1, 2))
     labels, strength = torch.arange(8), 0.7
@@ -86,14 +90,17 @@ def test_one_step_is_the_two_player_update():
     plain = copy.deepcopy(model)
     plain.zero_grad()
     label = F.cross_entropy(plain(source), labels)
-    domain = dann.domain_loss(*plain.domain_head(plain.encode(torch.cat([source, target]))).split([8, 8]))
+    domain = dann.domain_loss(
+        *plain.domain_head(plain.encode(torch.cat([source, target]))).split([8, 8]))
     named = dict(plain.named_parameters())
-    of_label = dict(zip(named, torch.autograd.grad(label, named.values(), allow_unused=True, retain_graph=True)))
+    of_label = dict(zip(named, torch.autograd.grad(label, named.values(), allow_unused=True,
+                                                   retain_graph=True)))
     of_domain = dict(zip(named, torch.autograd.grad(domain, named.values(), allow_unused=True)))
     for name, parameter in model.named_parameters():
         part = name.split(".")[0]
-        wanted = {"features": lambda: of_label[name] - strength * of_domain[name], "label_head": lambda: of_label[name],
-                  "classifier": lambda: of_label[name], "domain_head": lambda: of_domain[name]}[part]()
+        wanted = {"features": lambda: of_label[name] - strength * of_domain[name],
+                  "label_head": lambda: of_label[name], "classifier": lambda: of_label[name],
+                  "domain_head": lambda: of_domain[name]}[part]()
         torch.testing.assert_close(parameter.grad, wanted, rtol=1e-4, atol=1e-6)
 
 
@@ -102,11 +109,13 @@ def test_schedules():
     assert dann.reversal_strength(0.5) == pytest.approx(0.9866, abs=5e-5)
     assert dann.reversal_strength(1) == pytest.approx(0.9999092, abs=5e-8)
     assert dann.learning_rate(1) == pytest.approx(0.0016556, abs=5e-8)
-    for progress, strength, rate in ((0.1, 0.4621, 0.00595), (0.25, 0.8483, 0.00391), (0.75, 0.9989, 0.00201)):
+    for progress, strength, rate in ((0.1, 0.4621, 0.00595), (0.25, 0.8483, 0.00391),
+                                     (0.75, 0.9989, 0.00201)):
         assert dann.reversal_strength(progress) == pytest.approx(strength, abs=5e-5)
         assert dann.learning_rate(progress) == pytest.approx(rate, abs=5e-6)
     steps = [step / 100 for step in range(101)]
-    strengths, rates = [dann.reversal_strength(p) for p in steps], [dann.learning_rate(p) for p in steps]
+    strengths, rates = ([dann.reversal_strength(p) for p in steps],
+                        [dann.learning_rate(p) for p in steps])
     assert strengths == sorted(set(strengths)) and rates == sorted(set(rates), reverse=True)
 
 
@@ -115,16 +124,22 @@ def test_features_and_parameters_of_the_papers_network():
     model = some_network()
     assert model.features(torch.zeros(2, 3, 28, 28)).shape == (2, 768)
     assert sum(p.numel() for p in model.features.parameters()) == 40_880
-    assert model(some_images(2)).shape == (2, 10) and model.domain_head(torch.zeros(2, 768)).shape == (2,)
-    assert not [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    for layers, classes, side in ((dann.digit_layers, 5, 64), (dann.svhn_layers, 10, 32), (dann.sign_layers, 43, 40)):
-        assert some_network(0.0, layers, classes, side)(some_images(2, size=side)).shape == (2, classes)
+    assert (model(some_images(2)).shape == (2, 10)
+            and model.domain_head(torch.zeros(2, 768)).shape == (2,))
+    assert not [module for module in model.modules()
+                if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for layers, classes, side in ((dann.digit_layers, 5, 64), (dann.svhn_layers, 10, 32),
+                                  (dann.sign_layers, 43, 40)):
+        assert some_network(0.0, layers, classes, side)(
+            some_images(2, size=side)).shape == (2, classes)
 
 
-@pytest.mark.parametrize("layers,side", [(dann.digit_layers, 28), (dann.svhn_layers, 32), (dann.sign_layers, 40)])
+@pytest.mark.parametrize("layers,side", [(dann.digit_layers, 28), (dann.svhn_layers, 32),
+                                         (dann.sign_layers, 40)])
 def test_pooling_before_relu_is_exact(layers, side):
     """The paper's order, ReLU first, gives the same features and gradients to the last bit."""
-    model, images, found = some_network(0.5, layers, side=side), some_images(4, size=side) / 255 - 0.5, []
+    model, images, found = (some_network(0.5, layers, side=side),
+                            some_images(4, size=side) / 255 - 0.5, [])
     papers = list(model.features)
     for index, layer in enumerate(papers[:-1]):
         if isinstance(layer, nn.MaxPool2d):
@@ -144,7 +159,8 @@ def test_losses_of_an_untrained_network_are_those_of_a_guess():
     losses = {name: value.detach() for name, value in losses.items()}
     assert float(losses["label"]) == pytest.approx(math.log(10), abs=0.05)
     assert float(losses["domain"]) == pytest.approx(2 * math.log(2), abs=0.05)
-    assert float(losses["loss"]) == pytest.approx(float(losses["label"] + losses["domain"]), abs=1e-6)
+    assert float(losses["loss"]) == pytest.approx(
+        float(losses["label"] + losses["domain"]), abs=1e-6)
 
 
 def test_domain_loss_is_the_logistic_loss_of_both_domains():
@@ -164,7 +180,8 @@ def test_proxy_a_distance_of_equal_and_of_separable_samples():
 
 
 def test_aligned_subspaces_of_one_domain_are_its_principal_components():
-    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([5, 3, 2, 1, 0.1, 0.1])
+    x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [5, 3, 2, 1, 0.1, 0.1])
     x = x - x.mean(0)
     source, target = dann.align_subspaces(x, x, 3)
     torch.testing.assert_close(source, target, atol=1e-4, rtol=1e-4)  # nothing to turn
@@ -173,18 +190,23 @@ def test_aligned_subspaces_of_one_domain_are_its_principal_components():
     basis = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1))).Q
     angle = math.radians(20)
     turn = torch.eye(6)
-    turn[:2, :2] = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    x, other = x @ basis, x @ turn @ basis  # the same cloud, turned within the plane of its first two axes
+    turn[:2, :2] = torch.tensor([[math.cos(angle), -math.sin(angle)],
+                                 [math.sin(angle), math.cos(angle)]])
+    # The same cloud, turned within the plane of its first two axes.
+    x, other = x @ basis, x @ turn @ basis
     source, target = dann.align_subspaces(x, other, 3)
     plain = torch.linalg.norm(x @ target - other @ target)
-    assert torch.linalg.norm(x @ source - other @ target) <= plain * 1.001 and source.shape == target.shape == (6, 3)
+    assert (torch.linalg.norm(x @ source - other @ target) <= plain * 1.001
+            and source.shape == target.shape == (6, 3))
+    # The same, whatever the signs of the axes.
     torch.testing.assert_close(source @ source.T, (lambda p: p @ p.T @ target @ target.T @ p @ p.T)(
-        torch.linalg.svd(x, full_matrices=False).Vh[:3].T), atol=1e-3, rtol=1e-3)  # whatever the signs of the axes
+        torch.linalg.svd(x, full_matrices=False).Vh[:3].T), atol=1e-3, rtol=1e-3)
 
 
 def test_gap_closed():
     assert dann.gap_closed(50.0, 50.0, 90.0) == 0 and dann.gap_closed(50.0, 90.0, 90.0) == 100
-    assert dann.gap_closed(54.90, 73.85, 99.42) == pytest.approx(42.6, abs=0.05)  # the paper's column
+    # The paper's column.
+    assert dann.gap_closed(54.90, 73.85, 99.42) == pytest.approx(42.6, abs=0.05)
     assert dann.gap_closed(79.00, 88.65, 99.80) == pytest.approx(46.4, abs=0.05)
 
 
@@ -205,7 +227,8 @@ def test_blending_takes_the_difference_without_wrapping_around():
 
 
 def test_patches_come_from_where_they_say():
-    """On pictures that name themselves and their coordinates: every place is used, no patch leaves its picture."""
+    """On pictures that name themselves and their coordinates: every place is used, no patch leaves
+    its picture."""
     pictures = []
     for number, (height, width) in enumerate(((40, 60), (60, 40), (28, 28))):
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
@@ -218,7 +241,8 @@ def test_patches_come_from_where_they_say():
     tops, lefts = patches[:, 0, 0, 0].int(), patches[:, 1, 0, 0].int()
     assert torch.equal(patches[:, 0, :, 5].int(), tops[:, None] + torch.arange(28))
     assert torch.equal(patches[:, 1, 7].int(), lefts[:, None] + torch.arange(28))
-    assert set(tops[numbers == 0].tolist()) == set(range(13)) and set(lefts[numbers == 0].tolist()) == set(range(33))
+    assert (set(tops[numbers == 0].tolist()) == set(range(13))
+            and set(lefts[numbers == 0].tolist()) == set(range(33)))
     assert not tops[numbers == 2].any() and not lefts[numbers == 2].any()
 
 
@@ -231,7 +255,8 @@ def write_backgrounds(root):
             Image.new("RGB", (60, 50), color).save(folder / f"{number}.jpg", quality=95)
 
 
-def test_mnist_m_is_made_from_both_sets_with_separate_backgrounds(tmp_path, write_packed, monkeypatch):
+def test_mnist_m_is_made_from_both_sets_with_separate_backgrounds(tmp_path, write_packed,
+                                                                  monkeypatch):
     monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
     write_packed(tmp_path, "mnist", train=50, test=30, shape=(28, 28, 1))
     write_backgrounds(tmp_path)
@@ -239,9 +264,11 @@ def test_mnist_m_is_made_from_both_sets_with_separate_backgrounds(tmp_path, writ
     mnist = run.load("mnist")
     mnist.train.images[:, :, :2], mnist.test.images[:, :, :2] = 0, 0
     made = dann.make_mnist_m(run, mnist)
-    assert made.train.images.shape == (50, 3, 28, 28) and torch.equal(made.train.labels, mnist.train.labels)
-    assert (made.train.images[:, 0, :2] > 150).all() and (made.train.images[:, 1, :2] < 80).all()  # red
-    assert (made.test.images[:, 1, :2] > 150).all() and (made.test.images[:, 0, :2] < 80).all()  # green
+    assert (made.train.images.shape == (50, 3, 28, 28)
+            and torch.equal(made.train.labels, mnist.train.labels))
+    # Train is red, test green.
+    assert (made.train.images[:, 0, :2] > 150).all() and (made.train.images[:, 1, :2] < 80).all()
+    assert (made.test.images[:, 1, :2] > 150).all() and (made.test.images[:, 0, :2] < 80).all()
     means = made.train.images.float().mean((0, 2, 3))
     assert means.max() - means.min() > 5  # not grey
     other = some_run(tmp_path / "other")
@@ -250,7 +277,8 @@ def test_mnist_m_is_made_from_both_sets_with_separate_backgrounds(tmp_path, writ
     assert run.sha256["mnist-m on BSDS500"] == other.sha256["mnist-m on BSDS500"]
 
 
-def test_without_bsds500_backgrounds_come_from_cifar10_and_the_record_says_so(tmp_path, write_packed, monkeypatch):
+def test_without_bsds500_backgrounds_come_from_cifar10_and_the_record_says_so(
+        tmp_path, write_packed, monkeypatch):
     monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
     write_packed(tmp_path, "mnist", shape=(28, 28, 1))
     write_packed(tmp_path, "cifar10")
@@ -266,7 +294,8 @@ def small_mnist(root, write_packed, monkeypatch):
     write_backgrounds(root)
 
 
-def test_digits_are_binarised_and_backgrounds_shared_where_asked(tmp_path, write_packed, monkeypatch):
+def test_digits_are_binarised_and_backgrounds_shared_where_asked(tmp_path, write_packed,
+                                                                 monkeypatch):
     small_mnist(tmp_path, write_packed, monkeypatch)
     run = some_run(tmp_path, dataset="mnist")
     plain, binarised, shared = (dann.load_set(run, f"mnist-m{variant}", 28)
@@ -301,7 +330,8 @@ def test_the_released_set_blends_digits_in_black_and_white_with_a_rim_of_two_pix
     """On white backgrounds every pixel of a digit is black, where MNIST's digit is not black, and
     nowhere else; next to a digit's edge the two sides are each other's inverse in all pictures."""
     root = image_data.data_root()
-    if not all((root / "packed" / f"{name}.npz").exists() for name in ("mnist-m-released", "mnist")):
+    if not all((root / "packed" / f"{name}.npz").exists()
+               for name in ("mnist-m-released", "mnist")):
         pytest.skip("no released MNIST-M on this machine")
     released, mnist = (image_data.load(name, root, "cpu") for name in ("mnist-m", "mnist"))
     images = released.train.images
@@ -312,12 +342,13 @@ def test_the_released_set_blends_digits_in_black_and_white_with_a_rim_of_two_pix
     pictures, channels = white.nonzero().T
     assert torch.equal(images[pictures, channels], 255 - digits[pictures])
     edge = digits[:3000, :, 1:] != digits[:3000, :, :-1]
-    left, right = (part.float().mean(1)[edge] for part in (images[:3000, ..., :-1], images[:3000, ..., 1:]))
+    left, right = (part.float().mean(1)[edge]
+                   for part in (images[:3000, ..., :-1], images[:3000, ..., 1:]))
     assert (left + right - 255).abs().median() < 6 and (left - right).abs().median() > 60
 
 
 def write_released(root, images, digits):
-    """Pictures (N,32,32,3) and their digits in the layout of the release: the same train and test."""
+    """Pictures (N,32,32,3) and their digits laid out as released: the same train and test."""
     for part in ("train", "test"):
         (root / "mnist_m" / f"mnist_m_{part}").mkdir(parents=True)
         for number, image in enumerate(images.numpy()):
@@ -336,10 +367,12 @@ def test_the_released_set_is_found_decoded_once_and_brought_to_28_pixels(tmp_pat
     run = some_run(tmp_path, dataset="mnist")
     resized, middle = (dann.load_set(run, dann.PAIRS[f"mnist-released-{way}"][1], 28)
                        for way in ("resized", "middle"))
-    assert middle.train.labels.tolist() == list(range(10)) and [*run.sha256] == ["mnist-m as released"]
+    assert (middle.train.labels.tolist() == list(range(10))
+            and [*run.sha256] == ["mnist-m as released"])
     assert torch.equal(middle.train.images, digits.expand(-1, 3, -1, -1))
     assert resized.test.images.shape == (10, 3, 28, 28)
-    assert not resized.test.images[..., 0].any() and resized.test.images[..., 3].any()  # smaller digits
+    # The digits are smaller.
+    assert not resized.test.images[..., 0].any() and resized.test.images[..., 3].any()
     monkeypatch.setattr(image_data, "decode", None)
     again = run.load("mnist-m")
     assert again.sha256 == run.sha256["mnist-m as released"]
@@ -347,7 +380,8 @@ def test_the_released_set_is_found_decoded_once_and_brought_to_28_pixels(tmp_pat
 
 @pytest.mark.parametrize("damage,message", [
     ("fewer", "its train part is not 10 pictures"), ("missing", "cannot be read"),
-    ("labels", "No such file"), ("rubbish", "its train part is not 10 pictures"), ("size", "sizes?")])
+    ("labels", "No such file"), ("rubbish", "its train part is not 10 pictures"),
+    ("size", "sizes?")])
 def test_a_released_set_that_is_not_whole_gets_one_line(tmp_path, monkeypatch, damage, message):
     monkeypatch.setitem(image_data.COUNTS, "mnist-m", (10, 10))
     write_released(tmp_path, framed(some_images(10, 1)), range(10))
@@ -371,8 +405,8 @@ def test_without_the_released_set_its_rows_are_left_out_and_with_it_they_run(
         tmp_path, write_packed, monkeypatch, folders, capsys):
     small_mnist(tmp_path, write_packed, monkeypatch)
     arguments = ["--scale", "full", "--seeds", "0", "--device", "cpu", "--set", "steps=2",
-                 "--set", "batch_size=8", *folders,
-                 "--rows", "mnist-released-*,mnist-binarised/dann,mnist-mnistm/dann/shared-backgrounds"]
+                 "--set", "batch_size=8", *folders, "--rows", "mnist-released-*,"
+                 "mnist-binarised/dann,mnist-mnistm/dann/shared-backgrounds"]
 
     def rows():
         lines = [json.loads(line) for path in (tmp_path / "results").rglob("dann.jsonl")
@@ -391,10 +425,11 @@ def test_without_the_released_set_its_rows_are_left_out_and_with_it_they_run(
 
 def test_rows_with_shared_backgrounds_measure_the_networks_of_the_pair_itself(
         tmp_path, write_packed, monkeypatch, folders):
-    """Nothing else is trained; these rows see test digits on red pictures, the others on green ones."""
+    """Nothing else is trained; these rows see test digits on red pictures, the others on green."""
     small_mnist(tmp_path, write_packed, monkeypatch)
     seen, measure, fit, fitted = {}, dann.accuracy, trainer.Run.fit, []
-    rows = [f"{PAIR}/{method}{more}" for method in ("source-only", "dann") for more in ("", "/shared-backgrounds")]
+    rows = [f"{PAIR}/{method}{more}" for method in ("source-only", "dann")
+            for more in ("", "/shared-backgrounds")]
 
     def accuracy(run, model, test):
         seen[run.asked[0]] = model, test
@@ -410,13 +445,15 @@ def test_rows_with_shared_backgrounds_measure_the_networks_of_the_pair_itself(
     below = image_data.load("mnist", tmp_path, "cpu").test.images[:, 0] < 20
     for plain, shared in (rows[:2], rows[2:]):
         (model, own), (again, other) = seen[plain], seen[shared]
-        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(),
+                                                     again.state_dict().values()))
         assert torch.equal(own.labels, other.labels)
         assert (own.images[:, 1][below] > 150).all() and (other.images[:, 0][below] > 150).all()
 
 
 # Training
-def test_pairs_with_the_same_source_begin_with_the_same_weights_and_source_batches(tmp_path, monkeypatch):
+def test_pairs_with_the_same_source_begin_with_the_same_weights_and_source_batches(tmp_path,
+                                                                                   monkeypatch):
     """At 28 pixels and with the same network; the target's batches are the pair's."""
     begun = {}
 
@@ -426,7 +463,8 @@ def test_pairs_with_the_same_source_begin_with_the_same_weights_and_source_batch
 
     monkeypatch.setattr(trainer.Run, "fit", fit)
     run, domains = some_run(tmp_path), some_domains()
-    pairs = [name for name, (source, *_, side) in dann.PAIRS.items() if source.startswith("mnist") and side == 28]
+    pairs = [name for name, (source, *_, side) in dann.PAIRS.items()
+             if source.startswith("mnist") and side == 28]
     assert len(pairs) == 6
     for pair in pairs:
         mean = torch.rand(3, 28, 28)  # the pair's own
@@ -457,8 +495,10 @@ def test_strength_zero_is_source_only_bit_for_bit(tmp_path):
                            for model in (source_only, strength0, dann_model, untrained))))
         assert all(torch.equal(a, b) for a, b, _, _ in pairs)
         assert not all(torch.equal(a, d) for a, _, _, d in pairs)  # it has learnt
-        assert part != "features" or not any(torch.equal(a, c) for a, _, c, _ in pairs)  # and DANN something else
-    assert not torch.equal(next(strength0.domain_head.parameters()), next(untrained.domain_head.parameters()))
+        # And DANN has learnt something else.
+        assert part != "features" or not any(torch.equal(a, c) for a, _, c, _ in pairs)
+    assert not torch.equal(next(strength0.domain_head.parameters()),
+                           next(untrained.domain_head.parameters()))
 
 
 @pytest.mark.parametrize("method", set(dann.METHODS) - {"train-on-target"})
@@ -470,27 +510,34 @@ def test_target_labels_reach_nothing(tmp_path, method):
         split.labels = split.labels[shuffled]
     clean, _ = trained(tmp_path / "a", method)
     other, _ = trained(tmp_path / "b", method, poisoned)
-    assert all(torch.equal(a, b) for a, b in zip(clean.state_dict().values(), other.state_dict().values()))
+    assert all(torch.equal(a, b)
+               for a, b in zip(clean.state_dict().values(), other.state_dict().values()))
 
 
 def test_target_labels_only_count_hits_in_subspace_alignment(tmp_path, monkeypatch):
-    """The classifier is fitted on source labels, and the script hands over no label of the target's training images."""
-    run, domains, fitted, handed = some_run(tmp_path, steps=2, only=[f"{PAIR}/subspace-alignment"]), some_domains(200), [], []
+    """The classifier is fitted on source labels, and the script hands over no label of the
+    target's training images."""
+    run, domains, fitted, handed = (
+        some_run(tmp_path, steps=2, only=[f"{PAIR}/subspace-alignment"]), some_domains(200), [], [])
     probe, align = dann.evaluate.linear_probe, dann.subspace_alignment
-    monkeypatch.setattr(dann.evaluate, "linear_probe",
-                        lambda x, y, *test, **options: fitted.append(y) or probe(x, y, *test, **options))
-    monkeypatch.setattr(dann, "subspace_alignment", lambda *arguments: handed.append(arguments[3]) or align(*arguments))
+    monkeypatch.setattr(
+        dann.evaluate, "linear_probe",
+        lambda x, y, *test, **options: fitted.append(y) or probe(x, y, *test, **options))
+    monkeypatch.setattr(dann, "subspace_alignment",
+                        lambda *arguments: handed.append(arguments[3]) or align(*arguments))
     dann.reproduce_pair(run, domains, PAIR)
     assert len(run.records) == 1 and len(fitted) == 1 and fitted[0] is domains.source.train.labels
     assert handed[0].images is domains.target.train.images and (handed[0].labels == -1).all()
 
 
-def test_a_row_whose_training_fails_does_not_stop_the_others(tmp_path, folders, capsys, monkeypatch):
+def test_a_row_whose_training_fails_does_not_stop_the_others(tmp_path, folders, capsys,
+                                                             monkeypatch):
     monkeypatch.setattr(dann, "domain_loss", lambda source, target: source.sum() * math.nan)
     rows = f"{PAIR}/source-only,{PAIR}/dann,{PAIR}/train-on-target"
     assert dann.main(["--scale", "smoke", "--rows", rows, "--set", "steps=3", *folders]) == 3
     error = capsys.readouterr().err.strip()
-    assert error.startswith(f"error: {PAIR}/dann: the loss is not finite") and len(error.splitlines()) == 1
+    assert (error.startswith(f"error: {PAIR}/dann: the loss is not finite")
+            and len(error.splitlines()) == 1)
     (path,) = (tmp_path / "results").rglob("dann.jsonl")
     records = [json.loads(line) for line in path.read_text().splitlines()]
     status = {record["row"]: record["status"] for record in records}
@@ -499,15 +546,17 @@ def test_a_row_whose_training_fails_does_not_stop_the_others(tmp_path, folders, 
 
 
 def test_two_ranks_equal_one(tmp_path, one_and_two_ranks):
-    phases = one_and_two_ranks(dann, "--scale", "smoke", "--rows", f"{PAIR}/dann,{PAIR}/source-only",
-                               "--set", "steps=4", "--set", "precision=float32", "--set", "rate=0.05",
+    phases = one_and_two_ranks(dann, "--scale", "smoke",
+                               "--rows", f"{PAIR}/dann,{PAIR}/source-only", "--set", "steps=4",
+                               "--set", "precision=float32", "--set", "rate=0.05",
                                "--set", "shards=2")
     untrained = untrained_of(some_run(tmp_path)).state_dict()
     assert len(phases) == 2
     for phase, (one, two) in phases.items():
         moved = max(float((one[name] - start).abs().max()) for name, start in untrained.items())
         for name, tensor in one.items():
-            torch.testing.assert_close(two[name], tensor, atol=moved / 1000, rtol=0, msg=lambda m: f"{phase} {name}: {m}")
+            torch.testing.assert_close(two[name], tensor, atol=moved / 1000, rtol=0,
+                                       msg=lambda m: f"{phase} {name}: {m}")
         assert moved > 1e-3
 
 
@@ -517,9 +566,11 @@ def test_rows_that_may_use_target_labels_do(tmp_path):
         for name, domains in (("a", some_domains(120)), ("b", some_domains(120))):
             if name == "b":
                 domains.target.train.labels = (domains.target.train.labels + 1) % 10
-            run, row = some_run(tmp_path / name, steps=3, finetune_steps=3, batch_size=16), f"{PAIR}/{method}"
-            models.append(dann.pretrain(run, domains, run.config, row).model if method == "train-on-target"
-                          else dann.finetune(run, domains, run.config, row, untrained_of(run)).model)
+            run, row = (some_run(tmp_path / name, steps=3, finetune_steps=3, batch_size=16),
+                        f"{PAIR}/{method}")
+            models.append(dann.pretrain(run, domains, run.config, row).model
+                          if method == "train-on-target" else
+                          dann.finetune(run, domains, run.config, row, untrained_of(run)).model)
         assert not torch.equal(models[0].classifier.bias, models[1].classifier.bias)
 
 
@@ -530,7 +581,8 @@ def test_without_enough_target_labels_finetuning_is_left_out(tmp_path, capsys):
 
 
 def test_the_domains_are_shuffled_independently(tmp_path, monkeypatch):
-    """MNIST-M holds the digits of MNIST in the same order: one order for both would pair each digit with itself."""
+    """MNIST-M holds the digits of MNIST in the same order: one order for both would pair each digit
+    with itself."""
     orders = []
 
     class Spy(Resident):
@@ -566,12 +618,13 @@ def test_tsne_keeps_two_clusters_apart():
     features[60:] += 8
     places = scatter.tsne(features, features[:, :2], generator, perplexity=15, iterations=250)
     near = torch.cdist(places, places).fill_diagonal_(math.inf).argmin(1)
-    assert places.shape == (120, 2) and ((near < 60) == (torch.arange(120) < 60)).float().mean() > 0.95
+    assert (places.shape == (120, 2)
+            and ((near < 60) == (torch.arange(120) < 60)).float().mean() > 0.95)
 
 
 # The script as a user meets it
 def test_smoke_runs_every_row_and_keeps_to_deterministic_operations(tmp_path, folders, graphs):
-    """Every row of the scale on drawn digits, with its figures; the graph of every training step is walked."""
+    """Every row on drawn digits, with its figures; the graph of each training step is walked."""
     assert dann.main(["--scale", "smoke", "--set", "steps=5", "--set", "finetune_steps=2",
                       *folders]) == 0
     assert len(graphs) > 25 and not graphs.offenders()
@@ -580,7 +633,8 @@ def test_smoke_runs_every_row_and_keeps_to_deterministic_operations(tmp_path, fo
     rows = {record["row"] for record in records}
     missing = {row for row in DECLARED["rows"] if row.startswith(PAIR)} - rows
     shared = {f"{PAIR}/{method}/shared-backgrounds" for method in ("source-only", "dann")}
-    assert shared <= missing <= {*shared, f"{PAIR}/dann/gap-closed"}  # a texture for each drawn digit
+    # There is a texture for each drawn digit.
+    assert shared <= missing <= {*shared, f"{PAIR}/dann/gap-closed"}
     history = next(record["history"] for record in records if record["row"] == f"{PAIR}/dann")
     assert set(history) == {"loss", "label", "domain"} and history["domain"][-1][0] == 5
     names = {file.name for file in path.parent.iterdir()}
@@ -588,16 +642,20 @@ def test_smoke_runs_every_row_and_keeps_to_deterministic_operations(tmp_path, fo
 
 
 def own(source, target):
-    return ["--scale", "smoke", "--rows", "own/*", "--set", f"source=folder:{source}", "--set", f"target=folder:{target}",
-            "--set", "image_size=36", "--set", "steps=5", "--set", "batch_size=8"]
+    return ["--scale", "smoke", "--rows", "own/*", "--set", f"source=folder:{source}",
+            "--set", f"target=folder:{target}", "--set", "image_size=36", "--set", "steps=5",
+            "--set", "batch_size=8"]
 
 
-def test_a_run_over_several_pairs_resumes_in_the_middle(tmp_path, write_packed, monkeypatch, folders):
-    """Stopped in the second pair, it goes on there: what was done before neither changes identities nor is done again."""
+def test_a_run_over_several_pairs_resumes_in_the_middle(tmp_path, write_packed, monkeypatch,
+                                                        folders):
+    """Stopped in the second pair, it goes on there: what was done before neither changes identities
+    nor is done again."""
     monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
     write_packed(tmp_path, "mnist", shape=(28, 28, 1))
     write_packed(tmp_path, "usps", shape=(16, 16, 1))
-    arguments = ["--scale", "small", "--seeds", "0", "--rows", "*usps*/source-only", "--device", "cpu"]
+    arguments = ["--scale", "small", "--seeds", "0", "--rows", "*usps*/source-only",
+                 "--device", "cpu"]
     for key, value in dict(usps_steps=6, batch_size=8, precision="float32").items():
         arguments += ["--set", f"{key}={value}"]
     agreed, calls = trainer.Run.stop_agreed, []
@@ -607,25 +665,29 @@ def test_a_run_over_several_pairs_resumes_in_the_middle(tmp_path, write_packed, 
         return len(calls) == 10  # the fourth step of the second pair
 
     def records(folder):
-        lines = [json.loads(line) for path in folder.rglob("*.jsonl") for line in path.read_text().splitlines()]
+        lines = [json.loads(line) for path in folder.rglob("*.jsonl")
+                 for line in path.read_text().splitlines()]
         return [(line["row"], line["value"], line["data"], line["history"]) for line in lines]
 
     monkeypatch.setattr(trainer.Run, "stop_agreed", stop)
     assert dann.main([*arguments, *folders]) == 130
-    monkeypatch.setattr(trainer.Run, "stop_agreed", lambda run, step, last: calls.append(step) or False)
+    monkeypatch.setattr(trainer.Run, "stop_agreed",
+                        lambda run, step, last: calls.append(step) or False)
     assert dann.main([*arguments, *folders]) == 0
     assert calls == [1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6]  # no step twice
     monkeypatch.setattr(trainer.Run, "stop_agreed", agreed)
     whole = ["--results", str(tmp_path / "whole"), "--runs", str(tmp_path / "runs2")]
     assert dann.main([*arguments, *whole]) == 0
-    assert records(tmp_path / "whole") == records(tmp_path / "results") and len(records(tmp_path / "whole")) == 2
+    assert (records(tmp_path / "whole") == records(tmp_path / "results")
+            and len(records(tmp_path / "whole")) == 2)
 
 
 def refuse(*arguments, **options):
     raise OSError("no network")
 
 
-def test_a_pair_whose_data_is_missing_does_not_stop_the_others(tmp_path, write_packed, monkeypatch, folders, capsys):
+def test_a_pair_whose_data_is_missing_does_not_stop_the_others(tmp_path, write_packed, monkeypatch,
+                                                               folders, capsys):
     monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     write_packed(tmp_path, "mnist", shape=(28, 28, 1))
@@ -655,12 +717,14 @@ def test_for_svhn_to_mnist_alone_the_rate_stays_and_steps_are_more(tmp_path, mon
     monkeypatch.setattr(trainer.Run, "fit", fit)
     monkeypatch.setattr(trainer.Run, "build", lambda run, *arguments, **options: nn.Linear(1, 1))
     config, _ = trainer.read_settings(dann.Config, DECLARED, "paper")
-    run = trainer.Run(dann.__file__, config, "paper", DECLARED["rows"], results=tmp_path, runs=tmp_path)
+    run = trainer.Run(dann.__file__, config, "paper", DECLARED["rows"], results=tmp_path,
+                      runs=tmp_path)
     for pair in dann.PAIRS:
         dann.pretrain(run, some_domains(), config, f"{pair}/dann")
     steps, first, last = fitted.pop("svhn-mnist")
     assert steps >= 230_000 and first == last == 0.01
-    assert all(first == 0.01 and last == dann.learning_rate(1) for _, first, last in fitted.values())
+    assert all(first == 0.01 and last == dann.learning_rate(1)
+               for _, first, last in fitted.values())
     assert fitted["synnumbers-svhn"][0] == fitted["mnist-mnistm"][0] == 40_000
 
 
@@ -688,7 +752,7 @@ WORDS = "zero one two three four five six seven eight nine".split()
     ("mnist", WORDS), (WORDS, "mnist"), ("usps", "0123456789"), (WORDS, "0123456789"),
     ("mnist", "svhn"), ("cifar10", "stl10 without its monkeys")])
 def test_equal_classes_get_equal_labels(tmp_path, write_packed, monkeypatch, source, target):
-    """Whatever their alphabet, size and number of channels: each folder is as bright as its digit."""
+    """Whatever their alphabet, size and number of channels: a folder is as bright as its digit."""
     monkeypatch.setenv("REPLICATE_DATA", str(tmp_path))
     names, shapes = [], {"mnist": (28, 28, 1), "usps": (16, 16, 1), "stl10": (96, 96, 3)}
     if source == "cifar10":
@@ -745,7 +809,8 @@ def test_sets_of_other_classes_get_one_line(tmp_path, write_packed, monkeypatch,
 
 @pytest.mark.parametrize("case,message", [
     ("other classes", "only in the source dog; only in the target fox"), ("empty", "no images in"),
-    ("one missing", "source and target go together"), ("missing", "no folder with train/<class>/ images"),
+    ("one missing", "source and target go together"),
+    ("missing", "no folder with train/<class>/ images"),
 ])
 def test_bad_folders_get_one_line(tmp_path, folders, capsys, case, message):
     source, target = write_folder(tmp_path / "a", counts=(24, 6)), tmp_path / "b"
@@ -774,6 +839,7 @@ def test_a_set_that_needs_another_package_says_so(tmp_path, monkeypatch):
     for there in (True, False):  # before and after a download
         if not there:
             (tmp_path / "train_32x32.mat").unlink()
-        with pytest.raises(InputError, match="'svhn': torchvision needs the package scipy") as caught:
+        with pytest.raises(InputError,
+                           match="'svhn': torchvision needs the package scipy") as caught:
             dann.load_set(some_run(tmp_path, dataset="mnist"), "svhn", 32)
         assert len(str(caught.value).splitlines()) == 1
