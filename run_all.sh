@@ -17,6 +17,7 @@ Without a scale it takes full where a CUDA GPU and the data are there, else demo
 Results go to out/, checkpoints to runs/; results/ is the reference they are compared with."
 fail() { echo "error: $*" >&2; exit 2; }
 case "${1:-}" in -h|--help|help) echo "$usage"; exit 0 ;; esac
+env pwd -P &>/dev/null || fail "the folder that you are in is gone: cd to another"
 
 # The active Python if it satisfies requirements.txt, else .venv, made and filled on first use.
 needs=$here/requirements.txt
@@ -58,17 +59,25 @@ export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_-0} MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_-
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-17179869184}
 [ "${1:-}" != bench ] || { shift; exec "$python" "$here/tests/bench.py" "$@"; }
 known=$(cd "$here/papers" && printf '%s ' *.yaml | sed 's/\.yaml//g')
-scale=; papers=(); options=(); seeds=; jobs=1
+scale=; papers=(); options=(); seeds=; jobs=1; help=; own=
 while [ $# -gt 0 ]; do
     word=$1
-    case "$word" in --force|--plan|--quiet|--*=*) ;; --*) shift; [ $# = 0 ] || word=$word=$1 ;; esac
     case "$word" in
+        --force|--plan|--quiet|--help|--*=*) ;;
+        --seeds|--jobs|--scale|--rows|--data|--device|--set|--results|--runs)
+            [ $# -gt 1 ] || fail "$word takes a value"; shift; word=$word=$1 ;;
+        --*) [ $# = 1 ] || { shift; word=$word=$1; } ;;  # a script's own option
+    esac
+    case "$word" in
+        -h|--help) help=1 ;;
         --plan) plan=(--plan) ;;
         --seeds=*) seeds=${word#*=}; [[ $seeds =~ ^[0-9]+(,[0-9]+)*$ ]] \
             || fail "--seeds takes whole numbers such as 0,1,2, not '$seeds'" ;;
         --jobs=*) jobs=${word#*=} ;;
         --scale=*) scale=${word#*=} ;;
-        -*) options+=("$word") ;;
+        --force|--quiet|--rows=*|--data=*|--device=*|--set=*|--results=*|--runs=*)
+            options+=("$word") ;;
+        -*) options+=("$word"); own=${own:-${word%%=*}} ;;  # a script's own, or unknown
         smoke|demo|small|full|paper) scale=$word ;;
         *) [[ " $known" == *" $word "* ]] || fail "unknown scale or paper '$word'; scales:" \
                "smoke, demo, small, full, paper; papers: $known"
@@ -76,6 +85,12 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
+if [ -n "$help" ]; then
+    [ ${#papers[@]} = 1 ] || { echo "$usage"; exit 0; }
+    exec "$python" -m "papers.${papers[0]}" --help
+fi
+[ -z "$own" ] || [ ${#papers[@]} = 1 ] \
+    || fail "unknown option '$own': see ./run_all.sh --help; a script's own wants its name, too"
 [[ $jobs =~ ^[1-9][0-9]{0,2}$ ]] || fail "--jobs takes a whole number from 1 to 999, not '$jobs'"
 [ ${#papers[@]} -gt 0 ] || read -ra papers <<<"$known"
 if [ -z "$scale" ]; then
@@ -99,7 +114,8 @@ if [ ${#plan[@]} -gt 0 ]; then  # of one seed each
 fi
 share=$((cores / jobs > 0 ? cores / jobs : 1))
 [ "$jobs" = 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$share} REPLICATE_PLAIN=1
-REPLICATE_LEDGER=$(mktemp) || fail "no room for a temporary file"
+REPLICATE_LEDGER=$(mktemp 2>/dev/null) \
+    || fail "no file can be made in ${TMPDIR:-/tmp}: make room, or set TMPDIR to another folder"
 export REPLICATE_LEDGER  # every run notes here what it was, for the summary at the end
 trap 'rm -f "$REPLICATE_LEDGER"' EXIT
 trap 'stopped=1' INT  # the children hear it too, save their states and end with 130

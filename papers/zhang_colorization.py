@@ -714,6 +714,8 @@ def options(parser):
 
 def load_colorizer(path, device):
     """(network, side in pixels that it was trained at) from a checkpoint of pretrain."""
+    if not Path(path).is_file():  # a pipe could not be read twice
+        raise trainer.InputError(f"no file {path}")
     require_whole(path)
     try:
         state = torch.load(path, map_location=device, weights_only=True)["model"]

@@ -139,6 +139,9 @@ def load(name, root, device, size=None, streamed=None):
     else:
         known = ", ".join((*PACKED, "mnist-m", "imagenette", "imagenet", *DRAWN, "folder:DIR"))
         raise InputError(f"unknown data set '{name}'; known: {known}")
+    if name in COUNTS and (counts := _counts(arrays)) != COUNTS[name]:
+        print(f"note: {name} in {root / 'packed'} is not the whole set: {_unlike(name, counts)}",
+              flush=True)
     return _resident(name, arrays, device)
 
 
@@ -197,6 +200,8 @@ def _check_arrays(arrays, classes, shape):
             raise ValueError(f"labels {y.dtype} {y.shape}; expected whole numbers ({len(x)},)")
         if y.min() < 0 or y.max() >= classes or y.min() == y.max():
             raise ValueError(f"labels {y.min()}..{y.max()}; expected 0..{classes - 1}")
+    if unknown := {*arrays[3].tolist()} - {*arrays[1].tolist()}:
+        raise ValueError(f"labels {sorted(unknown)} are in test, not in train")
 
 
 def _packed(path, keys, classes, shape, make):
@@ -247,17 +252,13 @@ def _from_torchvision(name, root):
     """The arrays of a published set; raw files that are damaged are set aside and fetched again."""
     try:
         try:
-            arrays = _torchvision(name, root, download=False)
-            _check_counts(name, arrays)
-            return arrays
+            return _whole(name, _torchvision(name, root, download=False))
         except ImportError:
             raise
         except Exception as error:  # not there, cut short or an error page: anything may be raised
             if "not found" not in str(error).lower() and not isinstance(error, FileNotFoundError):
                 _set_raw_aside(name, root, error)
-        arrays = _download(name, root, lambda: _torchvision(name, root, download=True))
-        _check_counts(name, arrays)
-        return arrays
+        return _whole(name, _download(name, root, lambda: _torchvision(name, root, download=True)))
     except ImportError as error:
         raise InputError(f"data set '{name}': torchvision needs the package {error.name} to unpack "
                          "it, which is not one of ours: install it once, or make "
@@ -267,11 +268,21 @@ def _from_torchvision(name, root):
                          "repeat") from None
 
 
-def _check_counts(name, arrays):
-    counts = tuple(map(len, arrays[:4:2]))
-    if counts != COUNTS[name]:
-        found, known = (f"{train} and {test}" for train, test in (counts, COUNTS[name]))
-        raise ValueError(f"{found} images where it has {known}")
+def _whole(name, arrays):
+    """The arrays of a published set; ValueError where they cannot be all of it."""
+    _check_arrays(arrays, *PACKED[name][:2])
+    if (counts := _counts(arrays)) != COUNTS[name]:
+        raise ValueError(_unlike(name, counts))
+    return arrays
+
+
+def _counts(arrays):
+    return tuple(map(len, arrays[:4:2]))
+
+
+def _unlike(name, counts):
+    found, known = (f"{train} and {test}" for train, test in (counts, COUNTS[name]))
+    return f"{found} images where it has {known}"
 
 
 def _set_raw_aside(name, root, error):
@@ -401,8 +412,6 @@ def _load_folder(name, root, device, size, streamed):
                          "with --data DIR or --set dataset=folder:DIR, or take --scale demo, "
                          "which needs none")
     test = folder / "test" if (folder / "test").is_dir() else folder / "val"
-    if test.is_dir() and test.samefile(folder / "train"):
-        raise InputError(f"{test} is train itself: the test needs pictures of its own")
     files, labels, (names, test_names) = zip(*map(list_classes, (folder / "train", test)))
     if names != test_names:
         odd = sorted(set(names) ^ set(test_names))

@@ -58,7 +58,7 @@ def parse(paper, arguments, options=None):
 
 def tell(line, run=None):
     """One line on stderr, from the first rank only; the live line of a run makes room."""
-    if os.environ.get("RANK", "0") == "0":
+    if records.is_first_rank():
         if run:
             run.line.clear()
         with contextlib.suppress(OSError):  # the exit status says it, too

@@ -8,20 +8,22 @@ from PIL import Image
 
 from replicate.files import as_seen, opened, pictures_below, upright
 from replicate.launch import tell
-from replicate.records import InputError, tidy, write_atomically
+from replicate.records import InputError, is_first_rank, tidy, write_atomically
 
 CLEAR = (".png", ".tif", ".tiff", ".webp", ".avif", ".jp2")  # may hold transparency
 WRITTEN = (*CLEAR, ".jpg", ".jpeg", ".jpe", ".jfif", ".ppm", ".bmp")
 
 
 def read(path):
-    """Picture file -> (RGB picture as seen, its alpha channel or None).  Where there is an alpha
-    channel, the picture is not laid on white, so that the two together are the picture."""
+    """Picture file -> (RGB picture as seen, its alpha channel or None, number of frames, of which
+    this is the first).  Where there is an alpha channel, the picture is not laid on white, so that
+    the two together are the picture."""
     with opened(path) as picture:
+        frames = getattr(picture, "n_frames", 1)
         if not picture.has_transparency_data or picture.mode.startswith("I"):
-            return as_seen(picture), None
+            return as_seen(picture), None, frames
         picture = upright(picture).convert("RGBA")
-        return picture.convert("RGB"), picture.getchannel("A")
+        return picture.convert("RGB"), picture.getchannel("A"), frames
 
 
 def encode(picture, alpha, kind):
@@ -61,7 +63,7 @@ def save_image(tensor, path, **layout):
     again, and so a figure that could not be written would never be.
     """
     buffer = io.BytesIO()
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_rank():
         from torchvision import utils  # see make_grid
 
         utils.save_image(tensor, buffer, format="png", **layout)
@@ -121,8 +123,9 @@ def convert(pairs, change):
     for number, (made, path) in enumerate(pairs.items(), 1):
         start = time.perf_counter()
         try:
-            picture, alpha = read(path)
+            picture, alpha, frames = read(path)
             content, lost = encode(change(picture), alpha, made.suffix)
+            lost += f"; the first of {frames} frames" * (frames > 1)
         except (InputError, OSError, ValueError, RuntimeError, MemoryError) as error:
             reason, status = (str(error) or type(error).__name__).splitlines()[0], 2
             tell(f"error: {path} is left out: {reason}")

@@ -71,8 +71,9 @@ def is_record(record):
             and all(map(are_points, record.get("history", {}).values()))
             and all(isinstance(digest, str) for digest in record.get("data", {}).values())
             and type(record["seed"]) is int  # to isinstance, true is a number too
-            and record["status"] in ("ok", "failed")
-            and (record["status"] == "failed" or is_number(record.get("value"))))
+            and record["seed"] >= 0 and record["status"] in ("ok", "failed")
+            and (record["status"] == "failed" or is_number(record.get("value"))
+                 and (record.get("metric") != "accuracy" or 0 <= record["value"] <= 100)))
 
 
 def read(path):
@@ -252,6 +253,11 @@ def show_all_text():
     for output in (sys.stdout, sys.stderr):
         if hasattr(output, "reconfigure"):
             output.reconfigure(errors="backslashreplace")
+
+
+def is_first_rank():
+    """Whether this process is the only one, or the first of those that torchrun has started."""
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def damaged_part(path):

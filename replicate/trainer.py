@@ -31,7 +31,7 @@ from replicate import data as image_data
 from replicate import records, terminal
 from replicate.records import InputError, matching, write_atomically
 
-CHECKPOINT_SECONDS = float(os.environ.get("REPLICATE_CHECKPOINT_SECONDS", 60))
+CHECKPOINT_SECONDS = 0 if os.environ.get("REPLICATE_CHECKPOINT_SECONDS") == "0" else 60  # in tests
 LOG_SECONDS, LIVE_SECONDS, PLAN_STEPS, PLAN_IMAGES = 10, 1, 5, 2000
 
 

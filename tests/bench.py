@@ -331,6 +331,7 @@ def main(arguments=None):
     add("--first", action="store_true", help=argparse.SUPPRESS)  # stop at the first step
     add("--session", default="", help=argparse.SUPPRESS)  # of the process that asks for this part
     add("--started", default=0.0, type=float, help=argparse.SUPPRESS)
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     options = parser.parse_args(arguments)
     options.results = options.results.absolute()
     declared = records.read_declared(ROOT / "papers" / f"{next(iter(MAIN))}.yaml")["scales"]
@@ -338,6 +339,10 @@ def main(arguments=None):
         parser.error(f"unknown scale {options.scale}; known: {', '.join(declared)}")
     if unknown := [paper for paper in options.papers if paper not in MAIN]:
         parser.error(f"unknown paper {unknown[0]}; known: {', '.join(MAIN)}")
+    try:
+        launch.require_writable(options.results, "--results DIR")
+    except records.InputError as error:
+        parser.error(error)
     options.device = launch.pick_device("auto")
     if options.session:
         for paper in options.papers:

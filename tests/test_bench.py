@@ -11,6 +11,17 @@ import bench_page
 from conftest import ROOT
 
 
+@pytest.mark.parametrize("words,message", [
+    (["nope"], "unknown scale nope"), (["smoke", "nope"], "unknown paper nope"),
+    (["smoke", "--nope"], "unrecognized arguments"),
+    (["smoke", "--results", "/proc/x"], "another place with --results DIR")])
+def test_wrong_words_are_named(capsys, words, message):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(words)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1
+
+
 def test_the_smallest_benchmark_measures_everything(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, bench.__file__, "smoke", "--quick", "--results",

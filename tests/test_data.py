@@ -157,6 +157,18 @@ def test_labels_of_one_class_are_no_set(tmp_path, no_network, capsys, write_pack
     with pytest.raises(InputError):
         data.load("cifar10", tmp_path, "cpu")
     assert "labels 0..0; expected 0..9" in capsys.readouterr().out
+    np.savez(tmp_path / "packed" / "cifar10.npz", **{**arrays, "y_train": np.arange(40) % 3})
+    with pytest.raises(InputError):
+        data.load("cifar10", tmp_path, "cpu")
+    assert "labels [3, 4, 5, 6, 7, 8, 9] are in test, not in train" in capsys.readouterr().out
+
+
+def test_a_set_that_is_not_whole_is_said_to_be_so(tmp_path, capsys, write_packed):
+    write_packed(tmp_path)
+    (tmp_path / "packed" / "cifar10.npz").rename(tmp_path / "packed" / "svhn.npz")
+    data.load("svhn", tmp_path, "cpu")
+    assert ("is not the whole set: 40 and 20 images where it has 73257 and 26032"
+            in capsys.readouterr().out)
 
 
 def test_a_packed_file_that_may_not_be_read_is_not_called_damaged(tmp_path, write_packed,
@@ -174,7 +186,7 @@ def test_a_packed_file_that_may_not_be_read_is_not_called_damaged(tmp_path, writ
 
 @pytest.mark.parametrize("case,message,streamed", [
     ("missing", "no folder with train/<class>/ images", False), ("empty", "no images in", False),
-    ("one class", "only one class", False), ("linked", "test is train itself", False),
+    ("one class", "only one class", False), ("linked", "a picture of both train/cat and test/cat", False),
     ("other classes", "have different classes: dog, fox", False),
     *((case, message, streamed) for case, message in BROKEN for streamed in (False, True)),
 ])

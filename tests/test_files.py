@@ -230,6 +230,16 @@ def test_damaged_raw_files_are_set_aside_and_fetched_again(tmp_path, capsys, mon
     assert "set aside as usps.bz2.damaged" in capsys.readouterr().out
 
 
+def test_raw_files_with_impossible_labels_are_set_aside(tmp_path, capsys, monkeypatch):
+    (tmp_path / "usps.bz2").write_bytes(b"x")
+    images, labels = np.zeros((7291, 16, 16, 1), np.uint8), np.arange(7291) % 10
+    arrays = [images, labels + 190 * (labels == 3), images[:2007], labels[:2007]]
+    monkeypatch.setattr(data, "_torchvision", lambda *_, **__: arrays)
+    with pytest.raises(InputError, match="usps.* labels 0..193; expected 0..9"):
+        data.load("usps", tmp_path, "cpu")
+    assert "set aside as usps.bz2.damaged" in capsys.readouterr().out
+
+
 def test_short_idx_files_are_set_aside_and_unpacked_again(tmp_path, capsys, monkeypatch):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)

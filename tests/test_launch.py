@@ -60,6 +60,13 @@ def test_ranks_that_cannot_meet_are_said(monkeypatch, seventh, capsys, folders, 
     assert not torch.distributed.is_initialized()
 
 
+def test_a_rank_that_is_alone_says_what_is_wrong(monkeypatch, seventh, capsys, folders):
+    monkeypatch.setenv("RANK", "1")  # left over in the environment
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert seventh.main(["--scale", "smoke", "--rows", "nope", *folders]) == 2
+    assert "no row matches 'nope'" in capsys.readouterr().err
+
+
 def test_more_ranks_than_gpus_are_said(monkeypatch, seventh, capsys, folders):
     def too_many(device):
         raise RuntimeError("CUDA error: invalid device ordinal\nmore")
@@ -130,7 +137,7 @@ def test_folders_that_cannot_be_written_are_said_before_training(tmp_path, seven
                                   ("results", "file/runs", "--runs")):
         assert seventh.main(["--scale", "smoke", "--results", f"{tmp_path}/{results}",
                              "--runs", f"{tmp_path}/{runs}"]) == 2
-        assert f"give another folder with {option} DIR" in capsys.readouterr().err
+        assert f"give another place with {option} DIR" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module,function,option", [(records, "append", "--results DIR"),

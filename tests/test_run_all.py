@@ -196,7 +196,9 @@ def test_papers_take_turns_through_the_seeds_that_they_declare(tmp_path, monkeyp
 @pytest.mark.parametrize("arguments,message", [
     (["tiny"], "unknown scale or paper 'tiny'"), (["smoke", "gidaris_rotation", "--colour"],
                                                   "unrecognized arguments: --colour"),
-    (["smoke", "gidaris_rotation", "--rows"], "--rows: expected one argument"),
+    (["smoke", "gidaris_rotation", "--rows"], "--rows takes a value"),
+    (["smoke", "--colour"], "unknown option '--colour'"),
+    (["smoke", "--colour=3"], "unknown option '--colour'"),
     (["smoke", "gidaris_rotation", "--seeds", "x"], "--seeds takes whole numbers"),
     (["--data", "/does/not/exist"], "no data folder /does/not/exist"),
     *((["smoke", "--jobs", jobs], "--jobs takes a whole number from 1")
@@ -210,11 +212,20 @@ def test_wrong_words_are_named(clone, arguments, message):
     assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
 
 
+def test_a_temporary_folder_that_is_not_there_is_named(clone):
+    result = run_all("smoke", *QUICK, folder=clone, TMPDIR="/nonexistent")
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert "no file can be made in /nonexistent: make room, or set TMPDIR" in result.stderr
+
+
 def test_help_lists_the_commands():
     result = run_all("--help")
     assert result.returncode == 0
     for word in ("plan", "tables", "test", "bench", "--rows", "--force"):
         assert word in result.stdout
+    assert run_all("--results", "x", "--help").stdout == result.stdout
+    own = run_all("swav", "--help", "smoke")  # a script's own options
+    assert own.returncode == 0 and "--evaluate FILE" in own.stdout
 
 
 def test_a_script_that_is_added_is_found(clone):

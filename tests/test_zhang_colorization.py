@@ -632,6 +632,13 @@ def source(tmp_path):
     return source
 
 
+def test_the_first_frame_of_an_animation_is_said_to_be_one(tmp_path, checkpoint, capsys):
+    frames = [Image.fromarray(RAMP), Image.fromarray(255 - RAMP)]
+    frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
+    assert color(checkpoint, tmp_path / "two.gif", tmp_path / "out.png") == 0
+    assert "; the first of 2 frames" in capsys.readouterr().out
+
+
 def test_a_folder_is_colored_and_what_is_no_picture_is_named(tmp_path, source, checkpoint, capsys):
     target, before = source / "colored", listing(source)
     assert color(checkpoint, source, target) == 2
@@ -740,6 +747,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, checkpoint, capsys, v
     (["--colorize", "in.png", "in.png"], "would overwrite"),
     (["--colorize", "in.png", "out.png", "--runs", "."], "no trained network in ."),
     (["--colorize", "in.png", "out.png", "--checkpoint", "in.png"], "is no checkpoint"),
+    (["--colorize", "in.png", "out.png", "--checkpoint", "/dev/zero"], "no file /dev/zero"),
 ])
 def test_bad_use_gets_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
