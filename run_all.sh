@@ -2,6 +2,7 @@
 # One command for everything: see README.md, or ./run_all.sh --help.
 [ -n "$BASH_VERSION" ] || exec bash "$0" "$@"  # called as `sh run_all.sh`
 set -o pipefail
+trap 'exit 130' INT TERM
 unset CDPATH  # with which cd prints
 self=$(realpath "${BASH_SOURCE[0]}" 2>/dev/null) || self=${BASH_SOURCE[0]}  # it may be a link
 here=$(cd "$(dirname "$self")" && pwd)
@@ -118,8 +119,8 @@ REPLICATE_LEDGER=$(mktemp 2>/dev/null) \
     || fail "no file can be made in ${TMPDIR:-/tmp}: make room, or set TMPDIR to another folder"
 export REPLICATE_LEDGER  # every run notes here what it was, for the summary at the end
 trap 'rm -f "$REPLICATE_LEDGER"' EXIT
-trap 'stopped=1' INT  # the children hear it too, save their states and end with 130
-trap 'stopped=1; [ ${#children[@]} = 0 ] || kill -TERM "${children[@]}" 2>/dev/null' TERM
+# The children save their states and end with 130; they do not hear Ctrl-C while they load.
+trap 'stopped=1; [ ${#children[@]} = 0 ] || kill -TERM "${children[@]}" 2>/dev/null' INT TERM
 
 status=0; failed=(); refused=
 alive() { kill -0 "${children[$1]}" 2>/dev/null; }

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -299,6 +300,22 @@ def test_a_terminated_run_all_takes_its_child_along(clone, tmp_path):
             process.kill()
         assert process.returncode == 130 and "interrupted: the same command goes on" in error
     assert "resumed at step" in output
+
+
+@pytest.mark.parametrize("seconds", [0.5, 5])  # while Python is looked at; while torch is loaded
+def test_ctrl_c_is_heard_from_the_beginning(clone, tmp_path, seconds):
+    command = [str(clone / "run_all.sh"), "smoke", "doersch_context", "--results", str(tmp_path)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               start_new_session=True)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        output, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in error
+    assert not list(tmp_path.rglob("*.jsonl"))
 
 
 # Every command of README, on tiny copies of the scales
