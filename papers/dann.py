@@ -4,7 +4,7 @@ Laviolette, Mario Marchand, Victor Lempitsky.  JMLR 17(59), 2016, arXiv 1505.078
 
 Claim: features that do not show which domain they come from carry a classifier from labelled source
 images to unlabelled target images.
-Method: a domain is a source of images, such as MNIST's digits on black, or digits on photographs.
+Method: a domain is a kind of images, such as MNIST's digits on black, or digits on photographs.
 Every batch holds labelled images of one, the source, and unlabelled ones of another, the target.
 One feature extractor feeds two heads: the label head names the class of the source images, the
 domain head tells source from target.  Between the features and the domain head lies a reversal
@@ -17,8 +17,8 @@ Deviations from the paper
 1. MNIST-M is made here, seeded, from all of MNIST: train digits on BSDS500's train images, test
    digits on its val images (rows shared-backgrounds: on train images).  The authors' release
    (59,001 and 9,001 images) has a rim of 2 pixels around MNIST's 28 and digits made black and white
-   before blending.  Pairs mnist-released-* resize it, cut out its middle, or cut it and make the
-   source's digits black and white; mnist-binarised does that to the digits blended into our target.
+   before blending.  Pairs: mnist-released-resized; -middle, rim cut off; -binarised, source digits
+   black and white, too; mnist-binarised: our own target, blended from black-and-white digits.
 2. The paper gives no number of steps: 40,000 at scale full; six times as many for SVHN -> MNIST,
    where 150 epochs (172,000 steps) bring little.  Initialisation is torch's default.
 3. Digits: convolutions without padding; the paper does not say.  SVHN and signs: padded, without
@@ -70,7 +70,7 @@ class Config:
     subspace: int = 40              # ours: the paper takes the best of 2 to 60 on target test
     precision: Literal["bfloat16", "float32"] = "bfloat16"  # ours
     deterministic: bool = True      # ours
-    shards: int = 1                 # ours: ranks must divide it
+    shards: int = 1                 # ours: divided among GPUs
 
     def __post_init__(self):
         own = "--set source=folder:DIR --set target=folder:DIR"
@@ -195,7 +195,7 @@ def make_optimizer(config, model):
 
 # ---- Pre-training ----
 
-PAIRS = {  # name -> source set, target set, (test set,) layers of the network, side in pixels
+PAIRS = {  # name -> source, target, (a second target, to test on,) layers of the network, side
     "mnist-mnistm": ("mnist", "mnist-m", "mnist-m sharedbackgrounds", digit_layers, 28),
     "mnist-binarised": ("mnist", "mnist-m binarised", digit_layers, 28),
     "mnist-released-resized": ("mnist", "released", digit_layers, 28),
@@ -223,13 +223,13 @@ def hide_labels(split):
 
 
 def in_pairs(run, splits):
-    """Batches for run.fit: one of each of two splits.  splits: {what its order is named: split}."""
+    """Batches for run.fit, each of a batch of both splits.  splits: {name of its order: split}."""
     parts = [run.shuffled(split, run.config.batch_size, name) for name, split in splits.items()]
     return lambda first_step: zip(*(part(first_step) for part in parts))
 
 
 def pretrain(run, data, config, name):
-    """-> Trained DomainAdversarialNetwork.  data: Domains; name: <pair of PAIRS>/<method>."""
+    """-> Trained DomainAdversarialNetwork, the final one.  name: <pair>/<method>; data: Domains."""
     pair, method = name.split("/")
     (source, *_, layers, side), classes = PAIRS[pair], data.source.classes
     constant = pair == "svhn-mnist"  # Sec. 5.2.2: the rate does not fall
@@ -440,7 +440,7 @@ def load_set(run, name, side):
     elif kind == "mnist-m":
         loaded = make_mnist_m(run, run.load("mnist"), *variant)
     elif kind == "released":
-        loaded, cut = run.load("mnist-m", called="mnist-m as released"), 2 * len(variant)
+        loaded, cut = run.load("mnist-m", called="mnist-m as released"), 2 if variant else 0
     else:
         loaded, border = run.load(kind), 4 if kind == "usps" else 0  # as around MNIST's digits
     for split in (loaded.train, loaded.test):
@@ -486,7 +486,7 @@ def figures(run, data, pair):
 
 
 def rows(config):
-    """Globs of the rows that settings allow.  Drawn digits share no pictures with others."""
+    """Globs of the rows that settings allow; [!s]: drawn digits have no row shared-backgrounds."""
     drawn, others = ["mnist-mnistm/*[!s]"], [f"{pair}/*" for pair in PAIRS if pair != "own"]
     return ["own/*"] if config.source else drawn if config.dataset == "embedded" else others
 

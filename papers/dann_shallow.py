@@ -4,7 +4,7 @@ Laviolette, Mario Marchand, Victor Lempitsky.  JMLR 17(59), 2016, arXiv 1505.078
 The deep networks of the same paper are in dann.py.
 
 Claim: on Amazon reviews of four kinds of goods, a network whose hidden layer cannot tell two kinds
-apart carries the sentiment of one to the other better than the same network and an SVM.
+apart carries sentiment from one to the other better than an ordinary network and an SVM do.
 
 Method: one hidden layer of sigmoids feeds a softmax that names the class and a logistic unit that
 names the domain.  Algorithm 1 takes the source examples one by one, with a target example drawn at
@@ -12,16 +12,16 @@ random beside each, and makes one step of stochastic gradient descent: the softm
 loss, the domain unit ascends the likelihood of the domains, times lambda, and the hidden layer
 descends both.  lambda is chosen without a target label, by reverse validation: the trained network
 labels the target, a second one learns from those labels to classify the source, and what it gets
-wrong on a tenth of the source that neither has seen is the risk of lambda.
+wrong on a tenth of the source that neither was trained on is the risk of lambda.
 
-The hidden layer's weights change by multiples of the examples only: W = W0 + sum_i x_i a_i^T.  So
+The hidden layer's weights change by multiples of the examples only: W = W0 + sum_i a_i x_i^T.  So
 only inner products of examples are needed, and all networks that share them learn side by side.
 That changes the order of additions, and nothing else.
 
 Deviations from the paper
  1. 50 hidden units for all pairs (paper: 50 or 100, by reverse validation as well).
- 2. Early stopping as in the official code [1]: at most 200 epochs; it waits for half as many again
-    as the best one took.  That it waits for 30 at least is ours.
+ 2. Early stopping as in the official code [1]: at most 200 epochs, and no more than 1.5 times as
+    many as the best network took; but 30 in any case, which is ours.
  3. The SVM has the squared hinge loss; its penalty is chosen by reverse validation, too.
  4. mSDA is fitted to the 4,000 training reviews of a pair.
  5. The moons are drawn anew for each of moons_draws networks, and their accuracies averaged.
@@ -52,7 +52,7 @@ class Config:
     msda_rate: float = 0.0001       # Sec. 5.1.4
     strengths: tuple[float, ...] = tuple(10 ** (step / 4 - 2) for step in range(9))  # Sec. 5.1.3
     epochs: int = 200               # official code [1]: at most
-    patience: int = 30              # ours: epochs without progress, at the beginning
+    patience: int = 30              # ours: no network stops before this epoch
     layers: int = 5                 # Sec. 5.1.4: of mSDA
     corruption: float = 0.5         # Sec. 5.1.4: share of the words that mSDA blanks
     penalties: tuple[float, ...] = tuple(10.0 ** power for power in range(-5, 1))   # of the SVM
@@ -98,7 +98,7 @@ def first_networks(projected, networks, classes, generator):
 
 
 def class_scores(nets, examples):
-    """(P,n,M,C): what the softmax is taken of, for some of the training examples."""
+    """Scores (P,n,M,C) before the softmax, of the training examples with these numbers (n,)."""
     hidden = torch.sigmoid(nets["inputs"][:, examples] + nets["b"][:, None])
     return torch.einsum("pnmh,pmhc->pnmc", hidden, nets["V"]) + nets["c"][:, None]
 
@@ -119,12 +119,12 @@ def train_on_block(nets, kernel, source, targets, labels, strengths, rate):
     b, V, c, u, d = (nets[name] for name in "bVcud")
     from_source = torch.tensor([1.0, 0.0], device=kernel.device)[:, None]
     for i in range(count):
-        both = slice(i, None, count)  # the source example and the target example
+        both = slice(i, None, count)  # i and i + n: the source example and its target example
         hidden = torch.sigmoid(inputs[:, both] + b[:, None])  # (P,2,M,H)
         scores = torch.einsum("pmh,pmhc->pmc", hidden[:, 0], V) + c
         error = scores.softmax(2) - labels[:, i]  # (P,M,C): gradient of the label loss
         domain = torch.sigmoid((hidden * u[:, None]).sum(3) + d[:, None])  # P(source): (P,2,M)
-        surprise = strengths * (from_source - domain)  # lambda times that of the log-likelihood
+        surprise = strengths * (from_source - domain)  # lambda times the log-likelihood's gradient
         back = surprise[..., None] * u[:, None]  # to be descended: the reversed gradient
         back[:, 0] += torch.einsum("pmc,pmhc->pmh", error, V)
         back *= hidden * (1 - hidden)
@@ -223,7 +223,7 @@ class Products(NamedTuple):
 
 
 class Epochs:
-    """A budget of epochs, as a split of so many examples; a plan takes a part of it."""
+    """Epochs in the form of a split, since that is what run.record can shorten for a plan."""
 
     def __init__(self, epochs, examples):
         self.epochs, self.examples = epochs, examples
@@ -236,7 +236,7 @@ class Epochs:
 
 
 def test_scores(nets, products, pair, network):
-    """(K,C): what the softmax is taken of, for the target test examples of a pair."""
+    """Scores (K,C) before the softmax, of the target test examples of a pair, by one network."""
     inputs = products.tested + products.across @ nets["a"][pair, :, network]
     hidden = torch.sigmoid(inputs + nets["b"][pair, network])
     return hidden @ nets["V"][pair, network] + nets["c"][pair, network]
@@ -247,10 +247,10 @@ def percent(answers, labels):
 
 
 def choose_strength(nets, kernel, labels, parts, strengths, rate, epochs, config, draw):
-    """-> numbers (P,) of the networks with the lowest reverse risk, but for the first, lambda 0.
+    """-> numbers (P,) of the networks of lowest reverse risk; the first (lambda 0) is left out.
 
-    The second network starts from the first one's weights; what was the target is the source now,
-    so that its domain unit's weights change their sign.  parts: as `measure_pairs` cuts them.
+    The reverse network starts from the forward one's weights; the target is its source, so that the
+    domain unit's weights change their sign.  parts: as `measure_pairs` cuts them.
     """
     source, held_out, target, target_held_out = parts
     guessed = labels.clone()
@@ -329,9 +329,9 @@ def reproduce(run):
 # ---- The support vector machine ----
 
 def fit_svm(kernel, signs, penalty, start=None, steps=50):
-    """Products (n,n) and signs (n,), 1 or -1 -> coefficients (n,): products with the n examples
-    times them are scores.  By Newton's method (Chapelle 2007) this minimises |w|^2 / 2 + penalty *
-    sum of max(0, 1 - sign * score)^2.
+    """Kernel (n,n) and signs (n,), 1 or -1 -> coefficients (n,); kernel @ coefficients are scores.
+    By Newton's method (Chapelle 2007) this minimises |w|^2 / 2 + penalty * sum of max(0, 1 - sign *
+    score)^2.
     start: coefficients for another penalty, from which fewer steps lead here."""
     coefficients = torch.zeros_like(signs) if start is None else start
     inside = signs * (kernel @ coefficients) < 1  # the margin: these alone count

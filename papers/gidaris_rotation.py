@@ -3,7 +3,7 @@ Spyros Gidaris, Praveer Singh, Nikos Komodakis.  ICLR 2018, arXiv 1803.07728.
 
 Claim: telling which way up a photograph is teaches features that nearly match supervised ones.
 Method: every image enters the mini-batch four times, turned by 0, 90, 180 and 270 degrees.  A
-convolutional network, the trunk, learns by cross-entropy which turn it sees; chance costs ln 4.
+convolutional network, the trunk, learns by cross-entropy which turn it sees (by chance ln 4).
 Quarter turns move pixels without resampling, so no trace of the turning gives the answer away.
 Then the trunk is frozen, and a head, a classifier on the feature map of one of its blocks, measures
 what that block has learnt.  The same heads on a trunk that was never trained are the control.
@@ -11,18 +11,18 @@ what that block has learnt.  The same heads on a trunk that was never trained ar
 Deviations (official code: github.com/gidariss/FeatureLearningRotNet, commit 8539de6)
  1. We train 100 epochs as in the paper (released code: 200), with the released Nesterov momentum.
  2. Eight rotations: corners and blur of a turn by 45 degrees would tell the answer.  We keep the
-    central square (22 pixels of 32; heads see all 32) and blur the upright copies as much.
+    central square (22 pixels of 32; heads see all 32) and blur the other four copies as much.
  3. Fine-tuning: the paper gives no schedule.  Ours is the conv head's, from a fifth of its rate.
  4. Plain probes are ours: logistic regression and 20 nearest neighbours on averaged feature maps.
  5. Heads on one frozen trunk are trained side by side.  Layers before a batch-norm have no bias.
  6. Scale paper: crops of squares of 256 pixels; 50 epochs and their drops as released (paper: 30).
  7. Convolutions and matrix products run in bfloat16 (--set precision=float32 for the original's).
  8. Left out: Places (Table 6), PASCAL VOC (Table 7).  Fig. 5a has a plain probe, at three points.
- 9. Scale small: narrower, less training, supervised no longer than heads, which learn from two
-    views of each image, encoded once.  Values are not comparable, claims are.
+ 9. Scale small: narrower, less training (supervised as long as heads), other rates and drops; heads
+    learn from two views of each image, encoded once.  Claims are comparable, values are not.
 10. Our control, random, has batch-norm statistics of 500 images, as a trained network has.  The
     released code's, random-official, has means of 0, variances of 1 and torch's own weights.
-python -m papers.gidaris_rotation --scale small   # CIFAR-10, two CPU cores: 30 minutes, two seeds
+python -m papers.gidaris_rotation --scale small   # CIFAR-10, two CPU cores: 50 minutes a seed
 Result, small: rotnet4/conv 50.6 +- 0.9 against supervised 57.9 (n = 3); paper, full training: 91.16
 """
 import contextlib
@@ -53,7 +53,7 @@ class Config:
     width: float = 1.0                  # ours: channels, as a fraction of the paper's
     batch_size: int = 128               # Sec. 3.1: images, each in all its rotations
     head_batch_size: int = 128          # official code: heads and supervised training
-    views: int = 0                      # ours: heads learn from so many encoded once; 0: ever new
+    views: int = 0                      # ours: crops an image that heads learn from; 0: always new
     pretext_epochs: float = 100.0       # Sec. 3.1
     pretext_rate: float = 0.1           # Sec. 3.1
     pretext_drops: tuple[float, ...] = (0.3, 0.6, 0.8)      # Sec. 3.1
@@ -77,7 +77,7 @@ class Config:
     probe_cells: int = 8                # ours: plain probes see maps of at most 8 x 8
     precision: Literal["bfloat16", "float32"] = "bfloat16"  # ours: multiplications only
     deterministic: bool = True          # ours
-    shards: int = 1                     # ours: parts of a batch that ranks divide
+    shards: int = 1                     # ours: parts of a batch, divided among GPUs
 
     def __post_init__(self):
         least = min(self.image_size, self.width, self.probe_cells)
@@ -99,11 +99,10 @@ def rotate_four_ways(images):
 
 
 def blurred_centre(images):
-    """(N,C,S,S) uint8 -> (N,C,s,s), s = S / sqrt(2): what a turn by 45 degrees leaves whole, as
-    blurred as such a turn makes it (deviation 2).
-
-    The turn blends neighbours with weights 1 - t and t, all t from 0 to 1, which leaves
-    (1 - t)^2 + t^2 of noise's variance, on average 2/3.  Here one t gives 2/3.
+    """(N,C,S,S) uint8 -> (N,C,s,s), s = S / sqrt(2): the square that a turn by 45 degrees leaves
+    whole, with as much blur as that turn makes (deviation 2).  On each axis the turn mixes two
+    neighbours with weights 1 - t and t, t from 0 to 1, which leaves (1 - t)^2 + t^2 of the variance
+    of noise, on average 2/3.  Here a fixed t leaves 2/3.
     """
     values, t = images.float(), (1 - 3 ** -0.5) / 2
     values = torch.lerp(values, values.roll(-1, 3), t)
@@ -127,13 +126,14 @@ def rotate_eight_ways(images):
 
     with torch.autocast(images.device.type, enabled=False):  # bfloat16 would be half a pixel off
         slanted = transforms.rotate(images.float(), 45, transforms.InterpolationMode.BILINEAR)
-    slanted = even_centre(slanted).round().to(images.dtype)
-    turned, _ = rotate_four_ways(torch.cat([blurred_centre(images), slanted]))  # 0, 45, 90, ...
+    slanted, _ = rotate_four_ways(even_centre(slanted).round().to(images.dtype))
+    straight = blurred_centre(rotate_four_ways(images)[0])  # last: the blur has a direction
+    turned = torch.stack([x.unflatten(0, (4, -1)) for x in (straight, slanted)], 1).flatten(0, 2)
     return turned, torch.arange(8, device=images.device).repeat_interleave(len(images))
 
 
 def rotate(images, degrees):
-    """(N,C,S,S) -> (a copy (K N,C,s,s) for each of the K degrees, their positions in `degrees`)."""
+    """(N,C,S,S) -> copies (KN,C,s,s) turned by each of K degrees, labels (KN,): which of them."""
     if len(degrees) == 4:
         return rotate_four_ways(images)
     if len(degrees) == 8:
@@ -152,11 +152,11 @@ def pad_crop_and_flip(images, generator, size=32, pad=4):
     rows, columns = top + window, left + torch.where(flip, size - 1 - window, window)  # (N, size)
     samples = torch.arange(count, device=device)[:, None, None]
     padded = F.pad(images, (pad, pad, pad, pad))
-    return padded[samples, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return padded[samples, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)  # was NHWC
 
 
 def resized_crop_and_flip(images, generator, size=224):
-    """For ImageNet, -> float: crops of 0.08 to 1 of the area and 3/4 to 4/3 as wide as high."""
+    """(N,C,H,W) -> float (N,C,size,size), for ImageNet: area 0.08 to 1, width/height 3/4 to 4/3."""
     area, aspect, x, y, flip = torch.rand(5, len(images), generator=generator, device=images.device)
     area, aspect = 0.08 + 0.92 * area, torch.exp((2 * aspect - 1) * math.log(4 / 3))
     width, height = (area * aspect).sqrt().clamp_max(1), (area / aspect).sqrt().clamp_max(1)
@@ -271,7 +271,7 @@ class AlexNet(BlockNetwork):
 # ---- Objective ----
 
 def pretext_loss(scores, labels):
-    """Scores (N,K), labels (N,) -> mean cross-entropy and the share of correct answers."""
+    """Scores (B,classes), labels (B,) -> mean cross-entropy and the share of correct answers."""
     return {"loss": F.cross_entropy(scores.float(), labels),
             "accuracy": (scores.argmax(1) == labels).float().mean()}
 
@@ -286,12 +286,20 @@ def make_optimizer(config, model):
 # ---- Pre-training ----
 
 QUARTER_TURNS = (0, 90, 180, 270)
-TRUNKS = {  # name -> (its blocks, the degrees that it tells apart)
+TRUNKS = {  # name -> (number of blocks, the rotations that it tells apart in degrees)
     "rotnet4": (4, QUARTER_TURNS), "rotnet3": (3, QUARTER_TURNS), "rotnet5": (5, QUARTER_TURNS),
     "rotations0-180": (4, (0, 180)), "rotations90-270": (4, (90, 270)),
     "rotations8": (4, tuple(range(0, 360, 45))), "rotations4-centre": (4, QUARTER_TURNS),
     "alexnet": (5, QUARTER_TURNS)}
 CURVE = (5, 20, 50)  # percent of RotNet's training after which it is measured too (Fig. 5a)
+
+
+def rotated_copies(images, name):
+    """(N,C,S,S) uint8 -> (what a trunk sees of them (KN,C,s,s), its labels (KN,))."""
+    rotated, labels = rotate(images, TRUNKS[name][1])
+    if name == "rotations4-centre":  # sees as much of an image as rotations8 does
+        rotated = blurred_centre(rotated)  # last, since the blur has a direction
+    return rotated, labels
 
 
 def pretrain(run, data, config, name):
@@ -307,9 +315,7 @@ def pretrain(run, data, config, name):
     def loss(batch, step):
         images, _ = batch  # the class labels stay unused
         images = run.augment(crop, images, f"{name}/augment", step)
-        if name == "rotations4-centre":  # sees as much of an image as rotations8 does
-            images = blurred_centre(images)
-        rotated, labels = rotate(images, degrees)  # last: mirrored, 90 degrees would look like 270
+        rotated, labels = rotated_copies(images, name)  # last: mirrored, 90 would look like 270
         return pretext_loss(model(normalize(rotated, config)), labels)
 
     steps = trainer.steps_in(config, config.pretext_epochs, data.unlabeled)
@@ -323,7 +329,7 @@ def pretrain(run, data, config, name):
 # ---- Evaluation ----
 
 def released_control(blocks, classes, width):
-    """The official control: its initialisation is never called, which leaves torch's weights."""
+    """The official code's control: it never calls its own initialisation, so torch's stays."""
     model = NetworkInNetwork(blocks, classes, width)
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
@@ -365,7 +371,7 @@ def nonlinear_head(shape, classes, width=1.0, block=2):
 
 
 def alexnet_linear_head(shape, classes, width=1.0, block=5):
-    """Maxima of side x side cells, about 9,000 numbers, batch-norm, linear layer (Sec. 3.2)."""
+    """Max-pooling to side x side, about 9,000 features; batch-norm, linear layer (Sec. 3.2)."""
     side = {1: 12, 2: 7, 3: 5, 4: 6, 5: 6}[block]  # official code
     size = shape[1] * side * side
     return nn.Sequential(nn.AdaptiveMaxPool2d(side), nn.Flatten(),
@@ -384,10 +390,10 @@ def head_scores(heads, rows, maps):
 
 
 def encode_views(run, train, count, see, name):
-    """-> a split of `count` augmented images of train: see(images (N,C,S,S)) -> {block: map}, side
-    by side as (count,D), and labels.  Drawn once, whatever the number of ranks."""
+    """-> a split of `count` augmented images of train, drawn once: maps, side by side (count,D);
+    labels.  see(images (N,C,S,S), generator) -> {block: map}.  The same for any number of ranks."""
     passes = [torch.randperm(len(train), generator=run.stream(f"{name}/order", number))
-              for number in range(-(-count // len(train)))]
+              for number in range(math.ceil(count / len(train)))]
     features, labels = [], []
     for number, chosen in enumerate(torch.cat(passes)[:count].split(500)):
         images, targets = next(train.batches([chosen]))
@@ -401,9 +407,9 @@ def encode_views(run, train, count, see, name):
 def fit_heads(run, data, name, trunk, make_head, schedule, rows=None, finetune=False):
     """Train a head for each row, side by side, and record their test accuracies.
 
-    trunk: a name for `network`; finetune: it is trained as well.  schedule: epochs, drops, rate; an
+    trunk: a name for `network`; finetune: train the trunk, too.  schedule: epochs, drops, rate; an
     epoch is as long with few labels as with all (Sec. 3.1, official code).  rows: {row: block its
-    head sees}, else {name: 2}; all are trained, whichever are wanted: --rows changes no number.
+    head sees}, else {name: 2}; --rows changes no number, since all these heads are trained anyway.
     """
     rows = rows or {name: 2}
     if not run.wants(*rows):
@@ -431,7 +437,7 @@ def fit_heads(run, data, name, trunk, make_head, schedule, rows=None, finetune=F
                             {"heads": heads})
     shapes = {block: each.shape[1:] for block, each in maps.items()}
 
-    def cached_batches(first_step):  # nothing is encoded when there is nothing left to train
+    def cached_batches(first_step):  # run.fit calls it only if steps are left to train
         count = config.views * (len(train) if run.plan else len(data.train))
         split = encode_views(run, train, count, lambda images, generator:
                              encode(crop(images, generator)), name)
@@ -479,15 +485,13 @@ def head_accuracies(run, encoder, heads, rows, test):
 @torch.no_grad()
 def rotation_accuracy(run, model, name, test):
     """Percent of all rotated copies of the test images whose rotation is predicted correctly."""
-    model, side, (_, degrees) = model.eval(), run.config.crop_size, TRUNKS[name.split("/")[0]]
+    model, side, trunk = model.eval(), run.config.crop_size, name.split("/")[0]
     correct = 0
     for images, _ in evaluate.in_order(test, 250):
-        images = centre(images, side)
-        images = blurred_centre(images) if name == "rotations4-centre" else images
-        rotated, labels = rotate(images, degrees)
+        rotated, labels = rotated_copies(centre(images, side), trunk)
         with run.autocast():
             correct += int((model(normalize(rotated, run.config)).argmax(1) == labels).sum())
-    return 100.0 * correct / (len(degrees) * len(test))
+    return 100.0 * correct / (len(TRUNKS[trunk][1]) * len(test))
 
 
 def block_probes(run, model, rows, train, test):

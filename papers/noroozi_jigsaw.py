@@ -8,14 +8,14 @@ Method: nine tiles are cut from the cells of a 3 x 3 grid and shuffled by one of
 differ much; the network predicts which (chance: ln P).  It is context-free: one encoder turns each
 tile alone into a vector, and only the vectors meet.  Against short cuts (lines that go on, colour
 fringes of a lens, brightness) tiles have gaps, are normalised, and a puzzle is grey or its colour
-channels are shifted against each other; an audit undoes these measures one at a time.
+channels are shifted against each other; an audit undoes these measures.
 
 Deviations from the paper
- 1. An image's tiles become vectors once a step and several puzzles; paper: a single puzzle.
+ 1. An image's tiles are encoded once a step and serve several puzzles; paper: a single one.
  2. Each permutation maximises the least distance to those before, then the mean; paper: the mean.
- 3. Images of 96 or 128 pixels, tiles of 24 or 32, a network of that size with batch-norm; Nesterov
-    momentum, warm-up, cosine.  In 1 to 3, scale paper follows the paper, on squares of 256 pixels;
-    small has a narrower network and less training: claims are comparable, values are not.
+ 3. Images of 96 or 128 pixels, tiles of 24 or 32, a network to match, with batch-norm; Nesterov
+    momentum, warm-up, cosine.  Not so scale paper, which keeps the paper's 1 to 3 on squares of 256
+    pixels; small has a narrower network, less training: claims are comparable, values are not.
  4. Channels shift inside their own cell: tiles keep `margin` pixels from its border, as in the
     authors' later network.  Grey puzzles are not shifted, or they would not be grey.
  5. Tiles are normalized by channel; the official code subtracts a mean (N13) and does not divide.
@@ -23,11 +23,11 @@ Deviations from the paper
     fine-tuning, with batch-norm statistics of 500 images.  Images are prepared as the network's
     own tiles were (so in the audit, too), but are never grey and their channels never shifted.
  7. Multiplications in bfloat16 (--set precision=float32 for the original's), the rest in float32.
- 8. audit/no-gap: the same tiles touch.  Its control hides their rims, so that nothing runs on.
-    audit/no-color-handling: no grey puzzles either; paper: only no shifts.
+ 8. audit/no-gap: tiles do not move, either; no-color-handling: no grey, either (paper: no shifts).
  9. Left out: VOC, locked layers, transfer to puzzles (Table 3), nine sets of Table 4.
 python -m papers.noroozi_jigsaw --scale small   # Imagenette, two CPU cores: 60 minutes a seed
-Result, small: jigsaw/conv4/linear 67.8 +- 0.1 against random/conv4/linear 60.3 (n = 3); paper: 33.9
+Result, small: jigsaw/conv4/linear 67.8 +- 0.1 against random/conv4/linear 60.3 (n = 3);
+        paper's weights on ImageNet, from a survey: 33.9
 """
 import itertools
 import math
@@ -60,7 +60,7 @@ class Config:
     grey: float = 0.3                   # paper: share of puzzles without colours
     shift: int = 2                      # paper: of each channel of each tile, to either side
     margin: int = 2                     # ours: kept around a tile for the shift
-    fringe: float = 0.0                 # audit: the green channel is magnified by so much more
+    fringe: float = 0.0                 # audit: the green channel is magnified by 1 + fringe
     hidden_rims: bool = False           # audit: a tenth of a tile is blank along each side
     one_tile: bool = False              # audit: predict the cell of a tile from that tile alone
     permutations: int = 64              # ours; paper: 1000 in the end, 100 in Table 5
@@ -84,7 +84,7 @@ class Config:
     probe_cells: int = 4                # ours: probes see maps of at most 4 x 4
     precision: Literal["bfloat16", "float32"] = "bfloat16"  # ours: of multiplications
     deterministic: bool = True          # ours
-    shards: int = 1                     # ours: parts of a batch, which ranks divide
+    shards: int = 1                     # ours: parts of a batch, divided among GPUs
 
     def __post_init__(self):
         outside = 2 * max(0, self.margin - self.gap // 2)
@@ -132,8 +132,8 @@ def hamming_permutations(count, tiles=9, seed=0, rule="max-min"):
 def cut_tiles(images, cell, tile, generator, margin=0, jitter=True):
     """(N,C,H,W) -> (N,9,C,t,t): a tile from a random place of each cell of a 3 x 3 grid.
 
-    The grid lies at a random place of the image.  margin: a tile has that many pixels more on each
-    side, t = tile + 2 margin, of its cell where there is room, else of the image.  jitter=False:
+    The grid lies at a random place of the image.  margin: tiles are cut with so many pixels more on
+    each side, t = tile + 2 margin, inside the cell if it has room, else beyond it.  jitter=False:
     from the middle of the cells.  ValueError where the grid does not fit.
     """
     count, device = len(images), images.device
@@ -142,8 +142,8 @@ def cut_tiles(images, cell, tile, generator, margin=0, jitter=True):
     if tile > cell or min(images.shape[-2:]) < span:
         raise ValueError(f"{tuple(images.shape)}: tiles of {tile} in cells of {cell} need {span}")
     down, right = torch.rand(2, count, 1, generator=generator, device=device)
-    height, width = (side - span + 1 for side in images.shape[-2:])  # places for the grid
-    origin = torch.stack([down * height, right * width], 2).long()  # (N, 1, 2)
+    rows, columns = (side - span + 1 for side in images.shape[-2:])  # places for the grid
+    origin = torch.stack([down * rows, right * columns], 2).long()  # (N, 1, 2)
     choices = cell - tile - 2 * inside + 1
     moved = (choices - 1) // 2
     if jitter:
@@ -171,7 +171,7 @@ def handle_colors(windows, tile, grey, shift, generator):
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     channels = torch.where(in_grey[..., None], luma, windows).flatten(0, 2)[:, None]  # (27N,1,w,w)
     corners = torch.where(in_grey, 0, moved) + (windows.shape[-1] - tile) // 2
-    corners = corners.flatten(0, 2)[:, None]  # (27N, 1, 2)
+    corners = corners.flatten(0, 2)[:, None]  # (27N, 1, 2): each channel is cut as its own image
     return cut_squares(channels, corners, tile).reshape(count, 9, 3, tile, tile)
 
 
@@ -182,8 +182,8 @@ def normalize_tiles(tiles):
 
 
 def make_puzzles(images, generator, config):
-    """(N,3,S,S) uint8 -> tiles (N,9,3,t,t) in order, short cuts closed, and labels (N,K): the
-    permutations that shall shuffle them (with one_tile: the cell of each tile)."""
+    """(N,3,S,S) uint8 -> tiles (N,9,3,t,t) in order, short cuts closed, and labels (N,K), numbers
+    of the permutations by which the network shuffles them (one_tile: each tile's cell, (N,9))."""
     rim = config.tile // 10 if config.hidden_rims else 0
     tile, cell = config.tile - 2 * rim, config.tile + config.gap
     if config.fringe:
@@ -254,8 +254,8 @@ class TileEncoder(nn.Module):
 
 
 class ContextFreeNetwork(nn.Module):
-    """Tiles (N,9,3,t,t), labels (N,K) -> scores (NK,P) of the P permutations (Fig. 3); labels tell
-    how to shuffle the tiles' vectors.  one_tile: scores (9N,9) of the cells, tile by tile."""
+    """Tiles (N,9,3,t,t), labels (N,K) -> scores (NK,P) of P permutations (Fig. 3).  Labels only
+    shuffle the vectors, as if tiles were; no layer sees them.  one_tile: scores (9N,9) of cells."""
 
     def __init__(self, config):
         super().__init__()
@@ -293,7 +293,7 @@ def initialize(layer):
 # ---- Objective ----
 
 def pretext_loss(scores, labels):
-    """Scores (N,K), labels (N,) -> mean cross-entropy and the share of correct answers."""
+    """Scores (B,classes), labels (B,) -> mean cross-entropy and the share of correct answers."""
     return {"loss": F.cross_entropy(scores.float(), labels),
             "accuracy": (scores.argmax(1) == labels).float().mean()}
 
@@ -310,7 +310,7 @@ def make_optimizer(config, model):
 # ---- Pre-training ----
 
 def pretrain(run, data, config, name):
-    """-> Trained ContextFreeNetwork.  config: the run's, or that of a variant of the audit."""
+    """-> Trained ContextFreeNetwork.  run: trainer.Run; config: its own or an audit variant's."""
     model = run.build(ContextFreeNetwork, config)
     rate = (trainer.stepped(config.pretext_rate, config.pretext_drops, 0.1)
             if config.pretext_drops else trainer.cosine(config.pretext_rate, config.warmup))

@@ -3,21 +3,21 @@
 Claim: to colour a grey photograph, a network has to know what it shows; so its features are useful.
 Method: the network sees the lightness L of an image in CIE Lab and predicts, for every fourth pixel
 on both axes, a distribution over 313 colours (a, b): corners of 10 x 10 cells of the ab plane that
-hold colours of a screen.  The target spreads each true colour over its nearest of the 313.  Most
+a screen's colours reach.  The target spreads each true colour over its five nearest of these.  Most
 pixels of photographs are greyish, so a pixel's loss is weighted by the rarity of its colour.  The
 colour shown is the annealed mean: a temperature sharpens the distribution, and its mean is taken.
 Variants: no rebalancing ("class"), and regression of (a, b) under squared error, which averages
 over all that could be ("l2", and "l2-finetuned", begun from the full network).
 Official code: resources/caffe_traininglayers.py of github.com/richzhang/colorization/tree/815b3f7
-(encoding L46, weights L81, grey L115, of every fourth pixel as here).
+(L46: encoding; L81: weights; L115: grey images, judged on every fourth pixel as here).
 Deviations from the paper
  1. Scale small: images of 80 pixels, a narrower network of one convolution a block, less training:
     claims are comparable, values are not.  Scale full: images of 128 pixels.
- 2. He initialisation, inputs divided by 50, zeros in the last layer; theirs depends on the data, by
-    k-means.  Scale paper divides convolutions by their deviation on data, without k-means.
- 3. Scales small and full: Adam with warm-up and cosine, weight decay 1e-4 in place of 1e-3.
+ 2. He initialisation, inputs divided by 50, last layer zero; paper: from data, by k-means.  Scale
+    paper divides each convolution's weights by the deviation of its outputs on a batch, no k-means.
+ 3. Scales small and full: Adam at 1e-3, not 3.16e-5, warm-up and cosine; decay 1e-4, not 1e-3.
  4. Each true colour is spread over 5 neighbours as in the paper; the released code takes 10.
- 5. Colours are counted in at most 10,000 training images, plus one each, and smoothed.
+ 5. The prior is counted on at most 10,000 training images, from 1 for each colour, and smoothed.
  6. Predictions are enlarged so that each lies on the pixel whose colour it was trained to predict.
  7. Images without colours, which do not teach in the released code, do not count at test, either.
  8. Beside the rebalanced measure, whose weights have no limit, one with the weights of training.
@@ -45,7 +45,6 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from replicate import evaluate, outputs, trainer
 from replicate.launch import launch, pick_device, require_finite, require_whole
@@ -59,13 +58,13 @@ class Config:
     image_size: int = 128               # ours: paper 256
     crop_size: int = 96                 # ours: official code 176
     streamed: bool = False              # decode files on the fly, keep none on the device
-    network: Literal["paper", "small", "alexnet"] = "paper"     # "small" is ours
+    network: Literal["paper", "small", "alexnet"] = "paper"     # "small", ours: a layer a block
     width: float = 1.0                  # channels, as a fraction of the network's
     rescaled: bool = False              # ours: start with every convolution scaled by the data
     step: int = 10                      # Sec. 2.1: side of a cell of the ab plane
     neighbors: int = 5                  # Sec. 2.1; official code 10
-    sigma: float = 5.0                  # Sec. 2.1
-    mix: float = 0.5                    # Sec. 2.2: lambda, share of equal frequencies
+    sigma: float = 5.0                  # Sec. 2.1, of targets, and 2.2, of the prior
+    mix: float = 0.5                    # Sec. 2.2: lambda; 1: no rebalancing, 0: 1 / prior
     loss: Literal["classification", "l2"] = "classification"    # Eq. 2 or Eq. 1
     temperature: float = 0.38           # Sec. 2.3
     batch_size: int = 64                # ours: official code 40
@@ -83,7 +82,7 @@ class Config:
     probe_cells: int = 4                # ours: linear probes see maps of at most 4 x 4
     precision: Literal["bfloat16", "float32"] = "bfloat16"      # ours
     deterministic: bool = True          # ours
-    shards: int = 1                     # ours: parts of a batch, which ranks divide
+    shards: int = 1                     # ours: parts of a batch, divided among GPUs
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -120,7 +119,7 @@ def gamut_bins(step=10):
     ticks = step * torch.arange(math.floor(-128 / step), math.ceil(128 / step), dtype=torch.float64)
     offsets = step * torch.cartesian_prod(torch.arange(2), torch.arange(2))
     cells = torch.cartesian_prod(ticks, ticks)[:, None] + offsets  # (M, 4, 2), their corners
-    overlaps = ((cells @ normals.T).min(1).values < extent - 1e-9).all(1)  # beyond it nowhere
+    overlaps = ((cells @ normals.T).min(1).values < extent - 1e-9).all(1)  # no line parts the two
     return cells[overlaps].flatten(0, 1).unique(dim=0).float()
 
 
@@ -132,7 +131,7 @@ def neighbor_shares(ab, bins, neighbors=5, sigma=5.0, candidates=None):
 
 
 def soft_encode(ab, bins, neighbors=5, sigma=5.0):
-    """(N,2,H,W) -> (N,Q,H,W): the same as a distribution over all bins (training needs none)."""
+    """(N,2,H,W) -> (N,Q,H,W): the same over all bins, most of them 0 (used by tests only)."""
     nearest, shares = neighbor_shares(ab, bins, neighbors, sigma)
     encoded = torch.zeros(*shares.shape[:3], len(bins), device=ab.device)
     return encoded.scatter_(3, nearest, shares).permute(0, 3, 1, 2)
@@ -180,9 +179,9 @@ def make_palette(run, split):
 
 
 def make_examples(images, generator, config, palette, bin_weights):
-    """(N,3,S,S) uint8, weights (Q,) of the bins -> what the network sees, lightness less 50
-    (N,1,s,s), and for every fourth pixel its colour (N,2,h,w), the bins nearest to this and their
-    shares in it (N,h,w,k), and its weight in the loss (N,h,w), 0 in images without colours."""
+    """(N,3,S,S) uint8, weights (Q,) of the bins -> lightness less 50 (N,1,s,s), that the network
+    sees; for every fourth pixel colour (N,2,h,w), its nearest bins (N,h,w,k), their shares in it
+    (N,h,w,k), its weight in the loss (N,h,w): the first bin's, or 0 in images without colours."""
     crops = crop_and_flip(images, generator, config.crop_size)
     ab = rgb_to_lab(crops[..., ::STRIDE, ::STRIDE])[:, 1:]
     nearest, shares = neighbor_shares(ab, palette.bins, config.neighbors, config.sigma,
@@ -205,7 +204,7 @@ def convolutions(count, inputs, outputs, stride=1, dilation=1):
 
 def main_network(width, inputs, outputs, two=2, three=3):
     """[block 1, ..., block 7], the head (block 8 and the scores), and the channels of block 7.
-    two, three: how many convolutions those blocks have that have as many in the paper."""
+    two, three: how many convolutions the blocks have that have two, or three, in the paper."""
     c64, c128, c256, c512 = (max(8, 2 * round(c * width / 2)) for c in (64, 128, 256, 512))
     blocks = [convolutions(two, inputs, c64, stride=2),       # 1/2 of the image's side
               convolutions(two, c64, c128, stride=2),         # 1/4
@@ -221,8 +220,8 @@ def main_network(width, inputs, outputs, two=2, three=3):
 
 
 class ColorizationNetwork(nn.Module):
-    """Lightness less 50 (N,1,H,W) -> scores (N,Q,H/4,W/4) of the colours bins (Q,2); with loss "l2"
-    the colours themselves (N,2,H/4,W/4), in tens.  inputs: 3 for a control that sees colours."""
+    """Lightness less 50 (N,1,H,W) -> scores (N,Q,H/4,W/4) of the bins (Q,2); with loss "l2" colours
+    / 10 (N,2,H/4,W/4).  inputs: 3 for a control that sees L, a, b."""
 
     def __init__(self, network="paper", width=1.0, bins=None, loss="classification", inputs=1,
                  image_size=256):
@@ -253,7 +252,7 @@ class ColorizationNetwork(nn.Module):
 
 
 def initialize(layer):
-    """He initialisation; an output of a transposed convolution gets a quarter of the kernel."""
+    """He initialisation; double in transposed ones, whose outputs see a quarter of the kernel."""
     if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
         transposed = isinstance(layer, nn.ConvTranspose2d)
         nn.init.kaiming_normal_(layer.weight, mode="fan_out" if transposed else "fan_in",
@@ -340,7 +339,7 @@ def network_scores(autocast, model, lab):
 
 
 def network_colors(autocast, model, temperature, lab, size=None):
-    """A network's colorizer; size: (rows, columns) of the colours, if not those of the pictures."""
+    """A network's colorizer, less the first three arguments; size: colours' (rows, columns)."""
     scores = network_scores(autocast, model, lab)
     with torch.autocast(lab.device.type, enabled=False):  # bfloat16 would be a level off
         ab = 10 * scores if scores.shape[1] == 2 else annealed_mean(scores, model.bins, temperature)
@@ -348,7 +347,7 @@ def network_colors(autocast, model, temperature, lab, size=None):
 
 
 def control_colors(name, palette, others, lab):
-    """The colorizer of a control; others: batches of training images, for random-colors."""
+    """A control's colorizer, less the first three; others: batches of random training images."""
     if name == "random-colors":
         return rgb_to_lab(next(others)[0][:len(lab)])[:, 1:]
     if name == "truth":
@@ -385,14 +384,14 @@ def color_measures(name, colorizer, palette, test):
     """{name/auc-raw, name/auc-rebalanced, name/auc-bounded: percent, name/chroma-ratio: chroma over
     the true one} of a colorizer.  Rebalanced: a pixel counts by the rarity of its colour in train
     images, without limit; bounded: by its weight in training, at most Q + 1 times another's."""
-    rarity = {f"{name}/auc-{kind}": rebalancing_weights(palette.prior, mix) for kind, mix in
-              (("raw", 1.0), ("rebalanced", 0.0), ("bounded", 0.5))}  # mix: how even they are
-    sums = {row: torch.zeros(2, dtype=torch.float64) for row in (*rarity, f"{name}/chroma-ratio")}
+    weigh_by = {f"{name}/auc-{kind}": rebalancing_weights(palette.prior, mix) for kind, mix in
+                (("raw", 1.0), ("rebalanced", 0.0), ("bounded", 0.5))}  # mix 1: all 1, 0: 1 / prior
+    sums = {row: torch.zeros(2, dtype=torch.float64) for row in (*weigh_by, f"{name}/chroma-ratio")}
     for lab in colored_pictures(test):
         true_ab, ab = lab[:, 1:], colorizer(lab)
         _, nearest = nearest_bins(true_ab, palette.bins, 1, palette.candidates)
-        for row in rarity:
-            weights = rarity[row][nearest[..., 0]]  # (N, H, W)
+        for row in weigh_by:
+            weights = weigh_by[row][nearest[..., 0]]  # (N, H, W)
             total = float(weights.double().sum())
             sums[row] += torch.tensor([100 * total * color_auc(ab, true_ab, weights), total])
         sums[f"{name}/chroma-ratio"] += torch.tensor(
@@ -714,8 +713,6 @@ def options(parser):
 
 def load_colorizer(path, device):
     """(network, side in pixels that it was trained at) from a checkpoint of pretrain."""
-    if not Path(path).is_file():  # a pipe could not be read twice
-        raise trainer.InputError(f"no file {path}")
     require_whole(path)
     try:
         state = torch.load(path, map_location=device, weights_only=True)["model"]
@@ -733,6 +730,8 @@ def load_colorizer(path, device):
 def colorize(model, picture, side, temperature=0.38):
     """RGB picture -> the same in colour: the network sees it with its shorter side `side` pixels
     long, or shorter if it is; its colours are enlarged, the lightness stays as it was."""
+    from torchvision.transforms.functional import pil_to_tensor, to_pil_image  # takes seconds
+
     scale = min(1, side / min(picture.size))
     size = [max(16, round(length * scale / 16) * 16) for length in picture.size]
     pixels, small = pil_to_tensor(picture), pil_to_tensor(picture.resize(size, Image.BILINEAR))

@@ -18,9 +18,8 @@ CHILDREN = {"0": "conv1", "1": "bn1",  # of nn.Sequential(*resnet.children()); 2
 
 
 def digest_of(path):
-    """SHA-256 of a file; InputError where there is none."""
-    if not Path(path).is_file():  # a pipe could not be read twice
-        raise InputError(f"no file {path}")
+    """SHA-256 of a file; InputError where there is none, or a damaged one."""
+    require_whole(path)
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
@@ -96,10 +95,12 @@ def load_into(module, state, path, kind):
         raise InputError(f"{path} does not fit {kind}: {reason} ...") from None
 
 
-def require_new(path):
-    """-> Path of a file to be written; InputError where it is there already or cannot be made,
-    which is better known before a training than after it."""
+def require_new(path, seeds="0"):
+    """-> Path of a file to be written; InputError where it is there already or cannot be made, or
+    seeds ask for several, which is better known before a training than after it."""
     path = Path(path)
+    if "," in seeds:
+        raise InputError(f"{path} holds one network: give one seed with --seeds")
     if path.exists():
         raise InputError(f"{path} is there already: give another name")
     require_writable(path.parent, "--export FILE")

@@ -184,7 +184,10 @@ def runs(script, Config, options, rows, always):
 
 
 def require_whole(path):
-    """InputError where a file that torch.save wrote does not agree with its checksums."""
+    """InputError where there is no file, or where one that torch.save wrote does not agree with
+    its checksums."""
+    if not Path(path).is_file():  # a pipe could not be read twice
+        raise InputError(f"no file {path}")
     if records.damaged_part(path):
         raise InputError(f"{path} is damaged (its checksum does not fit): copy or download it "
                          "again")

@@ -186,7 +186,8 @@ def test_a_packed_file_that_may_not_be_read_is_not_called_damaged(tmp_path, writ
 
 @pytest.mark.parametrize("case,message,streamed", [
     ("missing", "no folder with train/<class>/ images", False), ("empty", "no images in", False),
-    ("one class", "only one class", False), ("linked", "a picture of both train/cat and test/cat", False),
+    ("one class", "only one class", False),
+    ("linked", "a picture of both train/cat and test/cat", False),
     ("other classes", "have different classes: dog, fox", False),
     *((case, message, streamed) for case, message in BROKEN for streamed in (False, True)),
 ])
