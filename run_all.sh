@@ -9,7 +9,7 @@ here=$(cd "$(dirname "$self")" && pwd)
 export PYTHONSAFEPATH=1  # called from a folder with a papers/ or types.py of its own, it takes none
 usage="usage: ./run_all.sh [smoke|demo|small|full|paper] [SCRIPT ...] [--seeds 0,1,2] [--rows GLOB]
            [--data DIR] [--device auto|cpu|cuda] [--set key=value ...] [--results DIR] [--runs DIR]
-           [--force] [--quiet] [--jobs N: so many papers or seeds side by side]
+           [--force] [--quiet] [--jobs N: so many papers or seeds side by side; demo: all cores]
        ./run_all.sh plan [SCALE] [SCRIPT ...] [options]   what would run: rows, minutes, memory
        ./run_all.sh tables [--check] [--results DIR]      render the pages, or compare them
        ./run_all.sh test [pytest options]                 the test suite
@@ -60,7 +60,7 @@ export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_-0} MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_-
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-17179869184}
 [ "${1:-}" != bench ] || { shift; exec "$python" "$here/tests/bench.py" "$@"; }
 known=$(cd "$here/papers" && printf '%s ' *.yaml | sed 's/\.yaml//g')
-scale=; papers=(); options=(); seeds=; jobs=1; help=; own=
+scale=; papers=(); options=(); seeds=; jobs=; help=; own=
 while [ $# -gt 0 ]; do
     word=$1
     case "$word" in
@@ -74,7 +74,7 @@ while [ $# -gt 0 ]; do
         --plan) plan=(--plan) ;;
         --seeds=*) seeds=${word#*=}; [[ $seeds =~ ^[0-9]+(,[0-9]+)*$ ]] \
             || fail "--seeds takes whole numbers such as 0,1,2, not '$seeds'" ;;
-        --jobs=*) jobs=${word#*=} ;;
+        --jobs=*) jobs=${word#*=}; jobs=${jobs:-none} ;;
         --scale=*) scale=${word#*=} ;;
         --force|--quiet|--rows=*|--data=*|--device=*|--set=*|--results=*|--runs=*)
             options+=("$word") ;;
@@ -92,7 +92,7 @@ if [ -n "$help" ]; then
 fi
 [ -z "$own" ] || [ ${#papers[@]} = 1 ] \
     || fail "unknown option '$own': see ./run_all.sh --help; a script's own wants its name, too"
-[[ $jobs =~ ^[1-9][0-9]{0,2}$ ]] || fail "--jobs takes a whole number from 1 to 999, not '$jobs'"
+[[ $jobs =~ ^([1-9][0-9]{0,2})?$ ]] || fail "--jobs takes a whole number from 1 to 999, not '$jobs'"
 [ ${#papers[@]} -gt 0 ] || read -ra papers <<<"$known"
 if [ -z "$scale" ]; then
     chosen=$("$python" -m replicate.terminal scale "${papers[@]}" "${options[@]}") || exit $?
@@ -112,6 +112,12 @@ work="${turns[*]}"
 if [ ${#plan[@]} -gt 0 ]; then  # of one seed each
     turns=("${turns[@]:0:${#papers[@]}}")
     echo "Plan of scale $scale, timed here:"
+fi
+if [ -z "$jobs" ]; then  # demo's small networks gain little from threads
+    jobs=1
+    [ "$scale" != demo ] || [ ${#plan[@]} -gt 0 ] || [ -e /dev/nvidiactl ] \
+        || jobs=$((cores < 4 ? cores : 4))
+    [ "$jobs" -le ${#turns[@]} ] || jobs=${#turns[@]}
 fi
 share=$((cores / jobs > 0 ? cores / jobs : 1))
 [ "$jobs" = 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$share} REPLICATE_PLAIN=1

@@ -28,13 +28,14 @@ DOWNLOADS = {  # megabytes of what torchvision fetches
 class Line:
     """A line that is written again and again in its place, where stdout is a terminal.
 
-    live: whether it is.  REPLICATE_PLAIN in the environment says no, as run_all.sh does for runs
-    side by side.
+    live: whether it is; shared: whether other runs write there, too, as run_all.sh says by
+    REPLICATE_PLAIN in the environment.
     """
 
     def __init__(self):
+        self.shared = bool(os.environ.get("REPLICATE_PLAIN"))
         self.live = (sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
-                     and not os.environ.get("REPLICATE_PLAIN"))
+                     and not self.shared)
         self.there = False
 
     def show(self, text):

@@ -193,6 +193,7 @@ class Run:
         self.provenance = records.provenance(script)
         self.sha256, self.asked, self.settled, self.planned, self.differ = {}, [], set(), {}, None
         self.quiet, self.line = quiet, terminal.Line()
+        self.label = f"{self.paper}  " * self.line.shared + f"seed {self.seed}"
         self.costs = []  # of a plan: (rows measured together, seconds, {training: seconds}, MB)
         self.fitting, self.stop = None, False  # the training under way; whether it has to stop
         self.left_out = {}  # {glob of rows: why}, of all seeds
@@ -383,7 +384,7 @@ class Run:
                              "another folder with --results DIR") from None
         if status == "ok":
             unit = "%" if metric == "accuracy" else metric
-            self.say(f"seed {self.seed}  {row:<44} {value:7.2f} {unit}", True)
+            self.say(f"{self.label}  {row:<44} {value:7.2f} {unit}", True)
 
     def give_up(self, reason):
         """Record as failed the row whose training is under way, or all that were asked for last."""
@@ -494,7 +495,7 @@ class Run:
         """
         if self.rank > 0 or self.quiet:
             return
-        place = f"seed {self.seed}  {purpose}  {step}/{steps}"
+        place = f"{self.label}  {purpose}  {step}/{steps}"
         left = f"{step_seconds * (steps - step) / 60:.1f} min left"
         speed = f"{images * self.ranks / step_seconds:.0f} images/s"
         if self.line.live and step < steps:
