@@ -307,7 +307,8 @@ def test_ctrl_c_is_heard_from_the_beginning(clone, tmp_path, seconds):
     command = [str(clone / "run_all.sh"), "smoke", "doersch_context", "--results", str(tmp_path)]
     process = subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               start_new_session=True)
+                               start_new_session=True,  # the tests may run where it is ignored
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     time.sleep(seconds)
     os.killpg(process.pid, signal.SIGINT)
     try:

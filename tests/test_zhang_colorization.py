@@ -10,6 +10,7 @@ import torch
 from conftest import write_folder
 from PIL import Image
 from torch.nn import functional as F
+from torchvision.transforms.functional import pil_to_tensor
 
 from papers import zhang_colorization as zhang
 from replicate import records, trainer
@@ -654,7 +655,7 @@ def test_a_folder_is_colored_and_what_is_no_picture_is_named(tmp_path, source, c
     for name in ("a.png", "e.png", "f.tif", "g.bmp"):
         with Image.open(target / name) as picture:
             assert picture.size == (120, 90) and picture.mode == "RGB"
-            made = zhang.rgb_to_lab(zhang.pil_to_tensor(picture)[None])[..., middle]
+            made = zhang.rgb_to_lab(pil_to_tensor(picture)[None])[..., middle]
         assert float((made[:, 0] - truth[:, 0, :, middle]).abs().max()) < 0.5
         torch.testing.assert_close(made[:, 1:].mean((2, 3)), torch.tensor([[15.69, 6.68]]),
                                    atol=0.3, rtol=0)
