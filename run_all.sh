@@ -2,7 +2,7 @@
 # One command for everything: see README.md, or ./run_all.sh --help.
 [ -n "$BASH_VERSION" ] || exec bash "$0" "$@"  # called as `sh run_all.sh`
 set -o pipefail
-trap 'exit 130' INT TERM
+trap 'exit 130' INT TERM  # once what is running has ended, such as a Python that ignores it
 unset CDPATH  # with which cd prints
 self=$(realpath "${BASH_SOURCE[0]}" 2>/dev/null) || self=${BASH_SOURCE[0]}  # it may be a link
 here=$(cd "$(dirname "$self")" && pwd)
@@ -95,7 +95,7 @@ fi
 [[ $jobs =~ ^([1-9][0-9]{0,2})?$ ]] || fail "--jobs takes a whole number from 1 to 999, not '$jobs'"
 [ ${#papers[@]} -gt 0 ] || read -ra papers <<<"$known"
 if [ -z "$scale" ]; then
-    chosen=$("$python" -m replicate.terminal scale "${papers[@]}" "${options[@]}") || exit $?
+    chosen=$(trap '' INT; "$python" -m replicate.terminal scale "${papers[@]}" "${options[@]}") || exit $?
     read -r scale rest <<<"$chosen"  # a paper without that scale is passed over
     read -ra papers <<<"$rest"
 fi
@@ -105,7 +105,7 @@ if [ -n "$seeds" ]; then
         for paper in "${papers[@]}"; do turns+=("$paper $seed"); done
     done
 else
-    declared=$("$python" -m replicate.terminal turns "$scale" "${papers[@]}") || exit $?
+    declared=$(trap '' INT; "$python" -m replicate.terminal turns "$scale" "${papers[@]}") || exit $?
     while read -r turn; do turns+=("$turn"); done <<<"$declared"
 fi
 work="${turns[*]}"
@@ -157,6 +157,6 @@ for turn in "${turns[@]}"; do
 done
 reap 0
 [ -z "$stopped" ] || exit 130
-"$python" -m replicate.terminal end "$REPLICATE_LEDGER" --turns "$work" "${plan[@]}"
+(trap '' INT; "$python" -m replicate.terminal end "$REPLICATE_LEDGER" --turns "$work" "${plan[@]}")
 [ ${#failed[@]} = 0 ] || echo "not finished: ${failed[*]}" >&2
 exit $status
