@@ -59,6 +59,7 @@ esac
 export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_-0} MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_-67108864}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-17179869184}
 [ "${1:-}" != bench ] || { shift; exec "$python" "$here/tests/bench.py" "$@"; }
+terminal() { (trap '' INT; exec "$python" -m replicate.terminal "$@"); }  # Ctrl-C waits for it
 known=$(cd "$here/papers" && printf '%s ' *.yaml | sed 's/\.yaml//g')
 scale=; papers=(); options=(); seeds=; jobs=; help=; own=
 while [ $# -gt 0 ]; do
@@ -95,7 +96,7 @@ fi
 [[ $jobs =~ ^([1-9][0-9]{0,2})?$ ]] || fail "--jobs takes a whole number from 1 to 999, not '$jobs'"
 [ ${#papers[@]} -gt 0 ] || read -ra papers <<<"$known"
 if [ -z "$scale" ]; then
-    chosen=$(trap '' INT; "$python" -m replicate.terminal scale "${papers[@]}" "${options[@]}") || exit $?
+    chosen=$(terminal scale "${papers[@]}" "${options[@]}") || exit $?
     read -r scale rest <<<"$chosen"  # a paper without that scale is passed over
     read -ra papers <<<"$rest"
 fi
@@ -105,7 +106,7 @@ if [ -n "$seeds" ]; then
         for paper in "${papers[@]}"; do turns+=("$paper $seed"); done
     done
 else
-    declared=$(trap '' INT; "$python" -m replicate.terminal turns "$scale" "${papers[@]}") || exit $?
+    declared=$(terminal turns "$scale" "${papers[@]}") || exit $?
     while read -r turn; do turns+=("$turn"); done <<<"$declared"
 fi
 work="${turns[*]}"
@@ -157,6 +158,6 @@ for turn in "${turns[@]}"; do
 done
 reap 0
 [ -z "$stopped" ] || exit 130
-(trap '' INT; "$python" -m replicate.terminal end "$REPLICATE_LEDGER" --turns "$work" "${plan[@]}")
+terminal end "$REPLICATE_LEDGER" --turns "$work" "${plan[@]}"
 [ ${#failed[@]} = 0 ] || echo "not finished: ${failed[*]}" >&2
 exit $status

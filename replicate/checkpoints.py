@@ -42,10 +42,10 @@ def tensors_in(state, prefix=""):
 def read_tensors(path):
     """{dotted name: tensor} of a file that torch.save has written; InputError where it is none, or
     where it holds more than tensors, numbers, text and settings."""
+    require_whole(path)
     if not is_saved(path):
         raise InputError(f"{path} is cut short, or no file that torch.save has written: copy or "
                          "download it again")
-    require_whole(path)
     harmless = [argparse.Namespace, np._core.multiarray.scalar, np.dtype, type(np.dtype("f8"))]
     try:
         with (torch.serialization.safe_globals(harmless),
