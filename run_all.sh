@@ -7,6 +7,7 @@ unset CDPATH  # with which cd prints
 self=$(realpath "${BASH_SOURCE[0]}" 2>/dev/null) || self=${BASH_SOURCE[0]}  # it may be a link
 here=$(cd "$(dirname "$self")" && pwd)
 export PYTHONSAFEPATH=1  # called from a folder with a papers/ or types.py of its own, it takes none
+known=$(cd "$here/papers" && printf '%s ' *.yaml | sed 's/\.yaml//g')
 usage="usage: ./run_all.sh [smoke|demo|small|full|paper] [SCRIPT ...] [--seeds 0,1,2] [--rows GLOB]
            [--data DIR] [--device auto|cpu|cuda] [--set key=value ...] [--results DIR] [--runs DIR]
            [--force] [--quiet] [--jobs N: so many papers or seeds side by side; demo: all cores]
@@ -14,6 +15,7 @@ usage="usage: ./run_all.sh [smoke|demo|small|full|paper] [SCRIPT ...] [--seeds 0
        ./run_all.sh tables [--check] [--results DIR]      render the pages, or compare them
        ./run_all.sh test [pytest options]                 the test suite
        ./run_all.sh bench [SCALE] [SCRIPT ...] [--results DIR]   speed against the usual ways
+Scripts: $known
 Without a scale it takes full where a CUDA GPU and the data are there, else demo, and says why.
 Results go to out/, checkpoints to runs/; results/ is the reference they are compared with."
 fail() { echo "error: $*" >&2; exit 2; }
@@ -60,7 +62,6 @@ export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_-0} MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_-
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-17179869184}
 [ "${1:-}" != bench ] || { shift; exec "$python" "$here/tests/bench.py" "$@"; }
 terminal() { (trap '' INT; exec "$python" -m replicate.terminal "$@"); }  # Ctrl-C waits for it
-known=$(cd "$here/papers" && printf '%s ' *.yaml | sed 's/\.yaml//g')
 scale=; papers=(); options=(); seeds=; jobs=; help=; own=
 while [ $# -gt 0 ]; do
     word=$1
@@ -148,8 +149,10 @@ reap() {  # wait until at most $1 children are left, and keep count of how they 
         if [ ${#children[@]} -gt "$1" ]; then sleep 0.5 & wait $!; fi
     done
 }
+number=0
 for turn in "${turns[@]}"; do
     read -r paper seed <<<"$turn"
+    [ ${#turns[@]} = 1 ] || export REPLICATE_TURN="run $((++number)) of ${#turns[@]}: "
     reap $((jobs - 1))
     [ -z "$stopped" ] || break
     case " $refused " in *" $paper "*) continue ;; esac

@@ -38,7 +38,9 @@ def lines_of(curve, rows, published):
                                            for x, row in line if rows[row]["values"]]))
         known = [(x, published[row]) for x, row in line if "paper" in published[row]]
         doubt = ", some values not confirmed" * any(e.get("unconfirmed") for _, e in known)
-        if lines[-1][3]:
+        if len(lines[-1][3]) < 2:  # a point is no curve
+            lines.pop()
+        else:
             lines.append((f"{name}, published{doubt}", color, True,
                           [(x, entry["paper"], 0.0) for x, entry in known]))
     return [line for line in lines if line[3]]

@@ -168,9 +168,11 @@ def runs(script, Config, options, rows, always):
         if options.plan:
             yield run
         elif todo or always or have and pictures:
-            run.say(f"{run.paper}, scale {options.scale}, seed {seed}: {len(todo)} rows to do on "
-                    f"{trainer.device_name(device)}, {run.ranks} rank(s), "
-                    f"{torch.get_num_threads()} threads, run {run.hash}")
+            run.say(f"{os.environ.get('REPLICATE_TURN', '')}{run.paper}, scale {options.scale}, "
+                    f"seed {seed}: {report.count(len(todo), 'row')} to do on "
+                    f"{trainer.device_name(device)}, {report.count(run.ranks, 'rank')}, "
+                    f"{report.count(torch.get_num_threads(), 'thread')}, run {run.hash}"
+                    f"{terminal.time_of_reference(run, todo, Path(script).parent)}")
             with locked(run):
                 yield run
         elif have:
@@ -315,7 +317,8 @@ def launch(script, Config, reproduce, arguments=None, *, rows=None, options=None
         return 2
     except Interrupted:
         ending, status = True, 130
-        tell("interrupted: the same command goes on from the state saved last", run)
+        place = f" ({run.paper}, seed {run.seed})" if run else ""
+        tell(f"interrupted: the same command goes on from the state saved last{place}", run)
         return 130
     finally:
         for number, handler in handlers.items():

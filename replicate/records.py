@@ -159,6 +159,7 @@ def check_shapes(declared):
     for row, entry in declared["rows"].items():
         need(isinstance(entry, dict) and is_number(entry.get("paper", 0)),
              f"rows: {row}: {{paper: a number, where: a text}}")
+    need(are(str, [*declared["names"], *declared["names"].values()]), "names: part of a row: text")
     need(are(str, declared["comparable"]) and isinstance(declared["title"], str),
          "comparable: [scale, ...], title: a text")
     for name, block in declared["scales"].items():
@@ -186,13 +187,14 @@ def read_declared(path):
     """
     path = Path(path).with_suffix(".yaml")
     try:
-        declared = {"claims": {}, "curves": {}, "figures": {}, "headline": [], "title": path.stem,
-                    "comparable": ["full", "paper"],
+        declared = {"claims": {}, "curves": {}, "figures": {}, "names": {}, "headline": [],
+                    "title": path.stem, "comparable": ["full", "paper"],
                     **yaml.safe_load(path.read_text(encoding="utf-8"))}
         declared["rows"] = expand(declared.get("rows"))
         declared["scales"] = declared.get("scales") or {}
         declared["headline"] = list(expand(dict.fromkeys(declared["headline"] or ())))
         declared["figures"] = dict(declared["figures"] or {})
+        declared["names"] = dict(declared["names"] or {})
         check_shapes(declared)
         for scale, block in declared["scales"].items():
             block = declared["scales"][scale] = dict(block or {})

@@ -6,6 +6,7 @@ A folder other than results/ gets pages on which your values stand beside those 
 It needs no torch and imports no paper.  The same records and YAML files give the same bytes.
 """
 import argparse
+import fnmatch
 import itertools
 import json
 import math
@@ -31,6 +32,18 @@ SCALES = {  # the largest first, as the index lists them
     "smoke": "a test that everything runs; its numbers mean nothing",
 }
 VERDICTS = ("reproduced", "contradicted", "open")
+NAMES = {  # parts of rows' names that mean the same in all papers; a paper's YAML has its own
+    "random": "a network that was never trained",
+    "supervised": "the same network, trained on all labels from scratch",
+    "linear": "logistic regression on the frozen features",
+    "knn*": "the nearest training images vote: 20, or as many as it says",
+    "conv[1-9]": "features after that layer",
+    "block[1-9]": "features after that block of layers",
+    "finetuned": "pre-trained, then trained on with labels",
+    "labels*": "with so many labels a class",
+    "audit": "shorter trainings, each with one setting changed",
+    "as-is": "no setting changed",
+}
 BLOCK = "<!-- made by ./run_all.sh tables -->", "<!-- end -->"  # around the table in README.md
 
 
@@ -94,13 +107,16 @@ def effects_of(claim, rows):
 
 
 def compare(ours, reference):
-    """How a row's mean lies to the reference's: "inside" or "outside" the interval in which 95 % of
-    means over as many seeds fall (Student t, the reference's sd), or why that is not said."""
+    """How a row's mean lies to the reference's: "equal" where no seed's value differs; "inside" or
+    "outside" the interval in which 95 % of means over as many seeds fall (Student t, the
+    reference's sd); or why that is not said."""
     if not ours["values"] or not reference["values"]:
         return ""
     if not alike(ours["pooled"][0], reference["pooled"][0]):
         same = setup(ours["pooled"][0]) == setup(reference["pooled"][0])
         return "other data" if same else "other settings"
+    if ours["values"].items() <= reference["values"].items():
+        return "equal"
     n, own = len(reference["values"]), len(ours["values"])
     if n < 2:
         return ""
@@ -206,10 +222,11 @@ class View:
         there = [row for row in self.declared["headline"] if row in self.shown]
         return there or [row for row in self.shown if self.rows[row]["values"]][:4]
 
-    def hours(self, per_seed=False):
-        """Hours that the records took, in all or for one seed, on the mean."""
-        seeds = {record["seed"] for record in self.pooled}
-        total = sum(seconds_of([each for each in self.pooled if each["seed"] == seed])
+    def hours(self, per_seed=False, rows=None):
+        """Hours that the records, or those of some rows, took: in all, or a seed on the mean."""
+        there = [each for each in self.pooled if not rows or each["row"] in rows]
+        seeds = {record["seed"] for record in there}
+        total = sum(seconds_of([each for each in there if each["seed"] == seed])
                     for seed in seeds) / 3600
         return total / max(1, len(seeds)) if per_seed else total
 
@@ -310,6 +327,8 @@ def sentence_on_claims(view):
     waiting = len(view.waiting)
     if waiting:
         text += f"; {waiting} more {'needs another scale' if waiting == 1 else 'need other scales'}"
+        if (view.folder.parent / "NOTES.md").exists():
+            text += " ([why](../NOTES.md))"
     return text + "."
 
 
@@ -362,7 +381,7 @@ def render_numbers(view):
     header = ["row", "paper", *(["reference", "yours", "in its spread?"] if view.reference
                                 else ["mean ± sd (n)"]),
               *["difference"] * comparable, "remarks"]
-    table, words = [], {"inside": "yes", "outside": "no"}
+    table, words = [], {"equal": "equal", "inside": "yes", "outside": "no"}
     for row in view.shown:
         entry, ours = view.declared["rows"][row], view.rows[row]
         cells = [row, view.published(row)]
@@ -376,7 +395,7 @@ def render_numbers(view):
             cells.append(f"{ours['mean'] - entry['paper']:+z.2f}" if apart else "")
         table.append([*cells, row_remarks(view, row)])
     lines = ["", "## Numbers", "", "Accuracy in percent on test images after the last step, unless "
-             "a remark names another measure.", ""] + make_table(header, table)
+             "a remark names another measure.", "", *make_table(header, table)]
     remarks = ["sd: sample standard deviation over n seeds"]
     if any("?" in view.published(row) for row in view.shown):
         remarks.insert(0, "? the paper's value is not checked against the paper")
@@ -384,8 +403,26 @@ def render_numbers(view):
         remarks.insert(0, "† the code has changed since in a way that may change this number")
     if view.reference:
         remarks.append("in its spread: within the interval that holds 95 % of such means, by the "
-                       "reference's sd and both n")
-    return [*lines, "", "; ".join(remarks) + "."]
+                       "reference's sd and both n; equal: each seed's value is the reference's, to "
+                       "the last digit")
+    lines += ["", "; ".join(remarks) + "."]
+    named = names_in(view.shown, view.declared)
+    return lines + ["", "Names in the rows:", ""] * bool(named) + [
+        f"- {', '.join(parts)}: {' '.join(text.split())}" for parts, text in named]
+
+
+def names_in(rows, declared):
+    """[([part, ...], what they mean)] of the parts of rows' names, in the order in which they come.
+
+    A glob stands for several parts.  The first that fits counts, of the paper's `names` and then
+    of NAMES.
+    """
+    meanings, found = {**declared["names"], **NAMES, **declared["names"]}, {}
+    for part in dict.fromkeys(part for row in rows for part in row.split("/")):
+        glob = next((glob for glob in meanings if fnmatch.fnmatchcase(part, glob)), None)
+        if glob:
+            found.setdefault(glob, []).append(part)
+    return [(parts, meanings[glob]) for glob, parts in found.items()]
 
 
 def render_seeds(view):
@@ -459,7 +496,9 @@ def headline_text(view):
         ours = view.rows[row]
         if ours["values"]:
             spread = "" if ours["sd"] is None else f" ± {ours['sd']:.1f}"
-            parts.append(f"{row} {ours['mean']:z.1f}{spread}{'†' * ours['stale']}")
+            unit = view.declared["rows"][row].get("unit")
+            parts.append(f"{row} {ours['mean']:z.1f}{spread}{'†' * ours['stale']}"
+                         + f" ({unit})" * bool(unit))
     return "; ".join(parts) or "–"
 
 

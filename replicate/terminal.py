@@ -171,6 +171,17 @@ def choose_scale(papers, data="", device="auto", dataset=""):
 
 
 # The end
+def time_of_reference(run, rows, papers):
+    """", 2.5 min for the reference" of a run's rows; "" where results/ has not all of them."""
+    folder = report.reference_of(run.suite, papers)
+    if not folder or not (folder / f"{run.paper}.jsonl").exists():
+        return ""
+    view, _ = report.look(folder, run.paper, papers)
+    seconds = view.hours(per_seed=True, rows=rows) * 3600
+    known = all(view.rows[row]["values"] for row in rows)
+    return f", {report.show_time(seconds)} for the reference" if known and seconds else ""
+
+
 def read_notes(path):
     """The ledger's lines, the last one of each paper."""
     notes = {}
@@ -185,7 +196,8 @@ def row_line(view, row):
     text = f"  {row:<30} {view.value(row):>18}   paper {view.published(row)}"
     if view.reference and view.reference.rows[row]["values"]:
         state = report.compare(view.rows[row], view.reference.rows[row])
-        state = {"inside": ", yours inside its spread", "outside": ", yours OUTSIDE its spread",
+        state = {"equal": ", yours equal to the last digit, seed by seed",
+                 "inside": ", yours inside its spread", "outside": ", yours OUTSIDE its spread",
                  "": ""}.get(state, f", not compared: {state}")
         text += f"   reference {view.reference.value(row)}{state}"
     return text
@@ -199,8 +211,8 @@ def paper_lines(view):
     text = f"  the paper's claims: {', '.join(words)}"
     if view.reference:
         text += f"   (reference: {report.verdict_text(view.reference)})"
-    few = {claim["n"] for claim in view.claims}
-    return [*lines, text + "; a verdict needs 3 seeds" * bool(few and max(few) < 3),
+    seeds = max((claim["n"] for claim in view.claims), default=3)
+    return [*lines, text + f"; no verdict yet, {seeds} of 3 seeds are in" * (seeds < 3),
             f"  {name_from_here(view.folder / f'{view.stem}.md')}"]
 
 
@@ -239,7 +251,8 @@ def next_step(scale, papers, views):
     sizes = [DOWNLOADS[name] for name in sorted(names & DOWNLOADS.keys())
              if name not in image_data.on_disk(root)]
     parts = [f"about {hours:.1f} hours a seed on this machine"] if hours else []
-    parts += [f"{sum(sizes) / 1000:.1f} GB to download"] if sizes else []
+    size = f"{sum(sizes) / 1000:.1f} GB" if sum(sizes) >= 1000 else f"{sum(sizes)} MB"
+    parts += [f"{size} to download"] if sizes else []
     missing = len(papers) - len(there)
     if missing:
         parts.append(f"{report.count(missing, 'paper')} without a reference to tell the time")

@@ -166,7 +166,7 @@ def test_a_damaged_record_line_is_named_and_its_row_run_again(tmp_path, seventh,
     capsys.readouterr()
     assert seventh.main([*tiny, *folders]) == 0
     out = capsys.readouterr().out
-    assert "line 1: not a record, skipped" in out and "1 rows to do" in out
+    assert "line 1: not a record, skipped" in out and "seed 0: 1 row to do" in out
     assert (path.read_text().splitlines(keepends=True)[1] == lines[1]
             and len(path.read_text().splitlines()) == 3)
 

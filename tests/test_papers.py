@@ -1,4 +1,5 @@
 """What every script must hold, whichever its paper."""
+import fnmatch
 import importlib
 import inspect
 import itertools
@@ -7,7 +8,7 @@ import re
 
 import pytest
 
-from replicate import records, trainer
+from replicate import records, report, trainer
 from replicate.records import ROOT
 
 PAPERS = sorted(path.stem for path in (ROOT / "papers").glob("*.yaml"))
@@ -50,6 +51,15 @@ def test_settings_that_no_run_can_have_are_named(paper, override, message):
         pytest.skip("this paper has no such setting")
     with pytest.raises(records.InputError, match=message):
         trainer.read_settings(script.Config, path, "smoke", 0, [override])
+
+
+@pytest.mark.parametrize("paper", PAPERS)
+def test_every_part_of_a_rows_name_is_explained(paper):
+    declared = records.read_declared(load(paper)[1])
+    explained = {part for parts, _ in report.names_in(declared["rows"], declared) for part in parts}
+    parts = {part for row in declared["rows"] for part in row.split("/")}
+    assert parts == explained
+    assert [glob for glob in declared["names"] if not fnmatch.filter(parts, glob)] == []
 
 
 @pytest.mark.parametrize("paper", PAPERS)

@@ -10,8 +10,8 @@ import pytest
 from replicate import neutral, records
 from replicate.charts import round_ticks
 from replicate.records import ROOT, InputError
-from replicate.report import (BLOCK, check_tables, compare, judge, main, render, seconds_of,
-                              student_t_quantile, summarize_row, write_tables)
+from replicate.report import (BLOCK, check_tables, compare, judge, main, names_in, render,
+                              seconds_of, student_t_quantile, summarize_row, write_tables)
 
 DECLARED = """
 title: "Demo 2020: a paper that never was."
@@ -265,7 +265,16 @@ def test_a_mean_over_more_seeds_has_to_lie_closer():
     assert compare(row(95.9), reference) == "inside" and compare(row(96.1), reference) == "outside"
     assert compare(row(94.4, 94.4, 94.4), reference) == "inside"
     assert compare(row(94.6, 94.6, 94.6), reference) == "outside"
-    assert compare(row(91.0), row(91.0)) == "" and compare(row(), reference) == ""
+    assert compare(row(91.0), row(90.0)) == "" and compare(row(), reference) == ""
+    assert compare(row(90.0), reference) == compare(reference, reference) == "equal"
+    assert compare(row(90.0, 91.0, 92.1), reference) == "inside"
+
+
+def test_the_papers_own_names_come_first_and_parts_that_mean_the_same_stand_together():
+    declared = {"names": {"random*": "drawn", "deep": "many layers"}}
+    assert names_in(["deep/linear", "random", "random2/linear", "x"], declared) == [
+        (["deep"], "many layers"), (["linear"], "logistic regression on the frozen features"),
+        (["random", "random2"], "drawn")]
 
 
 def test_a_training_that_rows_share_counts_once():
@@ -299,6 +308,7 @@ def test_captions_of_pictures_and_curves(project):
     path.write_text(path.read_text().replace("x: depth,", "x: depth, caption: Look at the slope.,")
                     + "figures: {filters: See the edges.}\n")
     add(project, "ours/deep", 0, 88.25)
+    add(project, "ours/flat", 0, 88.25)
     (project / "results/small/demo_filters.png").write_bytes(b"")
     (project / "results/small/demo_more.png").write_bytes(b"")
     figures = page(project).partition("## Figures")[2].partition("##")[0].split("\n\n")
@@ -359,6 +369,7 @@ def test_pictures_go_to_the_page_of_their_own_paper(project):
 def test_check_finds_hand_edits_missing_and_extra_files(project):
     results, papers = project / "results", project / "papers"
     add(project, "ours/deep", 0, 88.25)
+    add(project, "ours/flat", 0, 87.25)
     (results / "NOTES.md").write_text("by hand\n")
     assert any("missing" in line for line in check_tables(results, papers))
     assert len(write_tables(results, papers)) == 4

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -148,7 +149,27 @@ def test_the_summary_says_how_yours_lie_and_what_comes_next(demo, monkeypatch, c
         "the paper's claims: 1 reproduced, 0 contradicted, 0 open (reference: 1 / 0 / 0)",
         "out/demo/one.md", "", "All pages: out/README.md",
         # two hours where the reference was made, on a machine that is three times as slow
-        "Next: ./run_all.sh small one: about 6.0 hours a seed on this machine, 0.2 GB to download"]
+        "Next: ./run_all.sh small one: about 6.0 hours a seed on this machine, 170 MB to download"]
+
+
+def test_one_seed_is_no_verdict_and_the_same_code_gives_the_same_digits(demo):
+    path = demo / "out/demo/one.jsonl"
+    lines = (demo / "results/demo/one.jsonl").read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2]))  # seed 0's
+    view, _ = report.look(path.parent, "one", demo / "papers",
+                          report.reference_of(path.parent, demo / "papers"))
+    _, row, _, claims, _ = terminal.paper_lines(view)
+    assert row.endswith(", yours equal to the last digit, seed by seed")
+    assert claims.endswith("; no verdict yet, 1 of 3 seeds are in")
+
+
+def test_a_run_says_how_long_the_reference_took(demo):
+    run = types.SimpleNamespace(suite=demo / "out/demo", paper="one")
+    def said(*rows):
+        return terminal.time_of_reference(run, rows, demo / "papers")
+    assert said("a", "b") == ", 0.3 min for the reference"
+    run.suite = demo / "out/full"
+    assert said("a") == ""
 
 
 def test_a_plan_sums_up_trainings_once_and_stays_short():
@@ -252,6 +273,7 @@ def test_jobs_run_side_by_side_with_their_share_of_the_cores(clone, tmp_path):
         "def say(word):\n"
         f"    with open({str(log)!r}, 'a') as file:\n"
         "        file.write(f\"{word} {seed} {os.environ['OMP_NUM_THREADS']}\\n\")\n"
+        "print(os.environ['REPLICATE_TURN'])\n"
         "say('start'), time.sleep(3), say('end')\n"
         "raise SystemExit({'1': 3, '3': 2}.get(seed, 0))\n")
     (clone / "papers" / "zz_eighth.yaml").write_text("scales: {smoke: }\n")
@@ -268,6 +290,8 @@ def test_jobs_run_side_by_side_with_their_share_of_the_cores(clone, tmp_path):
     assert {threads for *_, threads in words} == {str(max(1, os.cpu_count() // 2))}
     seeds = {seed for _, seed, _ in words}
     assert seeds >= {"0", "1", "2", "3"} and "5" not in seeds
+    turns = sorted(line for line in result.stdout.splitlines() if line.startswith("run "))
+    assert turns[:3] == ["run 1 of 6: ", "run 2 of 6: ", "run 3 of 6: "]
     assert result.returncode != 0
     assert "zz_eighth (seed 1)" in result.stderr and "zz_eighth (seed 3)" in result.stderr
 
