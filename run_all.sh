@@ -25,14 +25,30 @@ env pwd -P &>/dev/null || fail "the folder that you are in is gone: cd to anothe
 # The active Python if it satisfies requirements.txt, else .venv, made and filled on first use.
 needs=$here/requirements.txt
 recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
-have="-m pip install -q --dry-run --no-index --no-deps"
-usable() { recent "$1" && "$1" $have -r "$needs" &>/dev/null; }
+lacking='
+import re, sys
+from importlib import metadata
+def version(name):
+    try:
+        return metadata.version(name).split("+")[0]
+    except metadata.PackageNotFoundError:
+        return "none"
+def numbers(text):
+    return [int(number) for number in re.findall("[0-9]+", text)]
+for line in open(sys.argv[1]):
+    name, sign, wanted = re.fullmatch("([a-z]+)(==|>=)([0-9.]+)", line.strip()).groups()
+    found = version(name)
+    if found != wanted and (sign == "==" or numbers(found) < numbers(wanted)):
+        print(f"{name}{sign}{wanted} (there: {found})", end="  ")'
+usable() { recent "$1" && why=$("$1" -c "$lacking" "$needs" 2>&1) && [ -z "$why" ]; }
+why=
 for python in "${PYTHON:-python}" python3 "$here/.venv/bin/python" ""; do
     usable "$python" && break
 done
 if [ -z "$python" ]; then
     for base in python3 python3.{11,12,13,14} ""; do recent "$base" && break; done
     [ -n "$base" ] || fail "Python 3.11 or later is needed"
+    [ -z "$why" ] || echo "python3 lacks $why"
     echo "making .venv and installing requirements.txt (a minute or two)"
     python="$here/.venv/bin/python"
     "$base" -m venv "$here/.venv" && "$python" -m pip install -q -r "$needs" \

@@ -256,6 +256,11 @@ def look(folder, stem, papers, reference=None):
     declared = records.read_declared(script)
     view, published = View(folder, stem, declared), declared["rows"]
     unknown = sorted({record["row"] for record in found} - published.keys())
+    foreign = [record for record in found if record.get("scale", view.scale) != view.scale]
+    if foreign:
+        found = [record for record in found if record not in foreign]
+        warnings.append(f"{folder.name}/{stem}.jsonl: left out are {count(len(foreign), 'record')} "
+                        f"of scale {distinct(record['scale'] for record in foreign)}")
     if published and unknown:
         warnings.append(f"{folder.name}/{stem}.jsonl: left out are records of rows that "
                         f"{stem}.yaml does not have: {', '.join(unknown)}")

@@ -55,7 +55,7 @@ def make_record(project, row, seed, value, **changes):
 def add(project, *arguments, suite="small", **changes):
     (project / f"results/{suite}").mkdir(exist_ok=True)
     records.append(project / f"results/{suite}/demo.jsonl",
-                   make_record(project, *arguments, **changes))
+                   make_record(project, *arguments, **{"scale": suite.split("-")[0], **changes}))
 
 
 def page(project, suite="small"):
@@ -275,6 +275,14 @@ def test_the_papers_own_names_come_first_and_parts_that_mean_the_same_stand_toge
     assert names_in(["deep/linear", "random", "random2/linear", "x"], declared) == [
         (["deep"], "many layers"), (["linear"], "logistic regression on the frozen features"),
         (["random", "random2"], "drawn")]
+
+
+def test_records_of_another_scale_are_left_out(project, capsys):
+    add(project, "random", 0, 10.0)
+    add(project, "random", 1, 99.0, scale="full")  # copied from another folder
+    assert "| random | – | 10.00 (1) |" in page(project)
+    warning = "warning: small/demo.jsonl: left out are 1 record of scale full\n"
+    assert warning in capsys.readouterr().err
 
 
 def test_a_training_that_rows_share_counts_once():

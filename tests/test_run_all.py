@@ -240,6 +240,28 @@ def test_a_temporary_folder_that_is_not_there_is_named(clone):
     assert "no file can be made in /nonexistent: make room, or set TMPDIR" in result.stderr
 
 
+@pytest.mark.parametrize("torch_there", [None, "2.10.0", "1000.0"])
+def test_a_python_without_pip_will_do_and_what_it_lacks_is_said(clone, tmp_path, torch_there):
+    """A virtual environment that sees this Python's packages, or another version of torch."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "own"], check=True)
+    (site,) = (tmp_path / "own").glob("lib/*/site-packages")
+    if torch_there:
+        (site / f"torch-{torch_there}.dist-info").mkdir()
+        (site / f"torch-{torch_there}.dist-info/METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: torch\nVersion: {torch_there}+cpu\n")
+    (site / "others.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")
+    result = run_all("demo", "dann", "--rows=nothing", "--seeds=0", folder=clone,
+                     PATH=f"{tmp_path / 'own/bin'}{os.pathsep}/usr/bin{os.pathsep}/bin",
+                     PIP_INDEX_URL="http://127.0.0.1:1", PIP_RETRIES="0", PYTHON="")
+    assert result.returncode == 2
+    if torch_there:
+        wanted = f"python3 lacks torch=={torch.__version__.split('+')[0]} (there: {torch_there})"
+        assert wanted in result.stdout and "could not be installed" in result.stderr
+        shutil.rmtree(clone / ".venv")
+    else:
+        assert "no row matches" in result.stderr and "lacks" not in result.stdout
+
+
 def test_help_lists_the_commands():
     result = run_all("--help")
     assert result.returncode == 0
