@@ -78,29 +78,32 @@ export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_-0} MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_-
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-17179869184}
 [ "${1:-}" != bench ] || { shift; exec "$python" "$here/tests/bench.py" "$@"; }
 terminal() { (trap '' INT; exec "$python" -m replicate.terminal "$@"); }  # Ctrl-C waits for it
-scale=; papers=(); options=(); seeds=; jobs=; help=; own=
+scale=; papers=(); options=(); seeds=(); jobs=; help=; own=
 while [ $# -gt 0 ]; do
     word=$1
     case "$word" in
         --force|--plan|--quiet|--help|--*=*) ;;
         --seeds|--jobs|--scale|--rows|--data|--device|--set|--results|--runs)
             [ $# -gt 1 ] || fail "$word takes a value"; shift; word=$word=$1 ;;
-        --*) [ $# = 1 ] || { shift; word=$word=$1; } ;;  # a script's own option
+        --*) own=${own:-$word} ;;  # a script's own option, or unknown
     esac
     case "$word" in
         -h|--help) help=1 ;;
         --plan) plan=(--plan) ;;
-        --seeds=*) seeds=${word#*=}; [[ $seeds =~ ^[0-9]+(,[0-9]+)*$ ]] \
-            || fail "--seeds takes whole numbers such as 0,1,2, not '$seeds'" ;;
+        --seeds=*) seeds=("$word") ;;
         --jobs=*) jobs=${word#*=}; jobs=${jobs:-none} ;;
         --scale=*) scale=${word#*=} ;;
         --force|--quiet|--rows=*|--data=*|--device=*|--set=*|--results=*|--runs=*)
             options+=("$word") ;;
-        -*) options+=("$word"); own=${own:-${word%%=*}} ;;  # a script's own, or unknown
+        -*) options+=("$word"); own=${own:-${word%%=*}} ;;
         smoke|demo|small|full|paper) scale=$word ;;
-        *) [[ " $known" == *" $word "* ]] || fail "unknown scale or paper '$word'; scales:" \
-               "smoke, demo, small, full, paper; papers: $known"
-           papers+=("$word") ;;
+        *) if [[ " $known" == *" $word "* ]]; then
+               [[ " ${papers[*]} " == *" $word "* ]] || papers+=("$word")
+           else
+               [ -n "$own" ] || fail "unknown scale or paper '$word'; scales: smoke, demo, small," \
+                   "full, paper; papers: $known"
+               options+=("$word")  # a value of a script's own option
+           fi ;;
     esac
     shift
 done
@@ -108,8 +111,12 @@ if [ -n "$help" ]; then
     [ ${#papers[@]} = 1 ] || { echo "$usage"; exit 0; }
     exec "$python" -m "papers.${papers[0]}" --help
 fi
-[ -z "$own" ] || [ ${#papers[@]} = 1 ] \
-    || fail "unknown option '$own': see ./run_all.sh --help; a script's own wants its name, too"
+if [ -n "$own" ]; then
+    [ ${#papers[@]} = 1 ] || fail "unknown option '$own': see ./run_all.sh --help; a script's own" \
+        "wants its name, too"
+    exec "$python" -m "papers.${papers[0]}" ${scale:+--scale "$scale"} "${seeds[@]}" \
+        "${options[@]}" "${plan[@]}"
+fi
 [[ $jobs =~ ^([1-9][0-9]{0,2})?$ ]] || fail "--jobs takes a whole number from 1 to 999, not '$jobs'"
 [ ${#papers[@]} -gt 0 ] || read -ra papers <<<"$known"
 if [ -z "$scale" ]; then
@@ -118,14 +125,9 @@ if [ -z "$scale" ]; then
     read -ra papers <<<"$rest"
 fi
 turns=()  # "paper seed": seed 0 of every paper first, since it always leaves whole tables
-if [ -n "$seeds" ]; then
-    for seed in ${seeds//,/ }; do
-        for paper in "${papers[@]}"; do turns+=("$paper $seed"); done
-    done
-else
-    declared=$(terminal turns "$scale" "${papers[@]}") || exit $?
-    while read -r turn; do turns+=("$turn"); done <<<"$declared"
-fi
+chosen=$(terminal turns "$scale" "${papers[@]}" "${seeds[@]}" "${options[@]}" "${plan[@]}") \
+    || exit $?
+while read -r turn; do turns+=("$turn"); done <<<"$chosen"
 work="${turns[*]}"
 if [ ${#plan[@]} -gt 0 ]; then  # of one seed each
     turns=("${turns[@]:0:${#papers[@]}}")

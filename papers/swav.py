@@ -752,11 +752,12 @@ def load_encoder(run, path, stem):
     channels, _, kernel, _ = state["conv1.weight"].shape
     kind = ("resnet50" if "layer1.0.conv3.weight" in state else
             "resnet18" if "layer1.1.conv1.weight" in state else "resnet10")
-    if headed or (stem == "cifar") != (kernel == 3):
+    if told := headed or (stem == "cifar") != (kernel == 3):
         stem = "cifar" if kernel == 3 else "imagenet"
     encoder = Encoder(kind, channels / 64, stem)
     checkpoints.load_into(encoder, state, path, f"{kind}, the nearest of {', '.join(RESNETS)}")
-    run.say(f"{path}: {kind}, width {channels / 64:g}, stem {stem} (another: --set stem=...)")
+    run.say(f"{path}: {kind}, width {channels / 64:g}, stem {stem}"
+            + " (not told by the weights; another: --set stem=...)" * (not told))
     return encoder.to(run.device, memory_format=torch.channels_last)
 
 
@@ -782,6 +783,8 @@ def options(parser):
 
 def use(given):
     """Turn --evaluate into settings and rows; --export is done in place of reproduce."""
+    if given.export and (given.evaluate or given.plan):
+        raise trainer.InputError("--export goes neither with --evaluate nor with --plan")
     given.seeds = given.seeds or ("0" if given.export or given.evaluate else None)
     if given.evaluate:
         digest = checkpoints.digest_of(path := Path(given.evaluate).absolute())

@@ -712,10 +712,12 @@ def options(parser):
 
 
 def load_colorizer(path, device):
-    """(network, side in pixels that it was trained at) from a checkpoint of pretrain."""
+    """(network, side in pixels that it was trained at, whether its training is finished, after how
+    many steps) from a checkpoint of pretrain."""
     require_whole(path)
     try:
-        state = torch.load(path, map_location=device, weights_only=True)["model"]
+        saved = torch.load(path, map_location=device, weights_only=True)
+        state, steps, finished = saved["model"], saved.get("step", 0), "optimizer" not in saved
         number, width, regression, side = state["architecture"].tolist()
         model = ColorizationNetwork(NETWORKS[int(number)], width, state["bins"],
                                     "l2" if regression else "classification")
@@ -724,7 +726,8 @@ def load_colorizer(path, device):
         raise trainer.InputError(f"{path} is no checkpoint of a colorization network "
                                  f"({type(error).__name__})") from None
     require_finite(path, state)
-    return model.float().to(device, memory_format=torch.channels_last).eval(), int(side)
+    model = model.float().to(device, memory_format=torch.channels_last).eval()
+    return model, int(side), finished, steps
 
 
 def colorize(model, picture, side, temperature=0.38):
@@ -750,13 +753,16 @@ def use(given):
     todo, status = outputs.refuse_overwriting(outputs.pair(*map(Path, given.colorize)))
     if not todo:
         return status
-    newest = sorted(Path(given.runs).glob("zhang_colorization/*/full.pt"), key=os.path.getmtime)
-    if not given.checkpoint and not newest:
+    found = sorted(Path(given.runs).glob("zhang_colorization/*/full.pt"), key=os.path.getmtime)
+    if not given.checkpoint and not found:
         raise trainer.InputError(f"no trained network in {given.runs}: give one with "
                                  "--checkpoint FILE, or train one with --rows full/auc-raw")
-    checkpoint = given.checkpoint or newest[-1]
-    model, side = load_colorizer(checkpoint, pick_device(given.device))
-    print(f"network {checkpoint}", flush=True)
+    paths = [given.checkpoint] if given.checkpoint else found[::-1]
+    networks = {path: load_colorizer(path, pick_device(given.device)) for path in paths}
+    path = max(networks, key=lambda path: networks[path][2:])  # the longest trained, if finished
+    model, side, finished, steps = networks[path]
+    steps = f", {steps} steps" * bool(steps) + ", not finished" * (not finished)
+    print(f"network {path}{steps}", flush=True)
     return max(status, outputs.convert(todo, lambda picture: colorize(model, picture, side)))
 
 

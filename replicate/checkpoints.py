@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from replicate import outputs
-from replicate.launch import require_finite, require_whole, require_writable, tell
+from replicate.launch import require_finite, require_whole, tell
 from replicate.records import InputError
+from replicate.terminal import require_writable
 
 CHILDREN = {"0": "conv1", "1": "bn1",  # of nn.Sequential(*resnet.children()); 2, 3: no weights
             "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
@@ -30,9 +31,10 @@ def is_saved(path):
 
 
 def tensors_in(state, prefix=""):
-    """{dotted name: tensor} of all tensors in nested dicts."""
-    found = {}
-    for key, value in state.items() if isinstance(state, dict) else ():
+    """{dotted name: tensor} of all tensors in nested dicts and lists."""
+    found, several = {}, isinstance(state, (list, tuple))
+    for key, value in (state.items() if isinstance(state, dict)
+                       else enumerate(state) if several else ()):
         if torch.is_tensor(value):
             found[f"{prefix}{key}"] = value
         found |= tensors_in(value, f"{prefix}{key}.")
@@ -45,7 +47,7 @@ def read_tensors(path):
     require_whole(path)
     if not is_saved(path):
         raise InputError(f"{path} is cut short, or no file that torch.save has written: copy or "
-                         "download it again")
+                         "download it again, or load it as is meant and torch.save its state dict")
     harmless = [argparse.Namespace, np._core.multiarray.scalar, np.dtype, type(np.dtype("f8"))]
     try:
         with (torch.serialization.safe_globals(harmless),
@@ -53,8 +55,8 @@ def read_tensors(path):
             state = tensors_in(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # rubbish can make torch.load raise nearly anything
         raise InputError(f"{path} is damaged, or holds more than can be read safely "
-                         f"({type(error).__name__}): copy it again, or torch.save its state dict "
-                         "alone and give that") from None
+                         f"({type(error).__name__}): copy it again, unpack it, or torch.save its "
+                         "state dict alone and give that") from None
     odd = [f"{name} is {w.layout}, {w.dtype}, {w.device}" for name, w in state.items()
            if w.is_complex() or w.is_quantized or w.is_meta or w.layout != torch.strided
            or name.endswith("weight") and not w.is_floating_point()]

@@ -26,6 +26,11 @@ def upright(picture):
     level = picture.info.get("transparency")
     if picture.format == "PNG" and isinstance(level, int) and picture.tile:
         picture.info["transparency"] = level * SPREAD.get(picture.tile[0][3], 1)
+    clear = picture.info.get("transparency")
+    if picture.format == "BMP" and picture.mode == "RGBA" and not picture.getchannel("A").getbbox():
+        picture = picture.convert("RGB")  # a fourth byte that is not in use, and no alpha channel
+    elif isinstance(clear, tuple) and any("16B" in str(tile) for tile in picture.tile):
+        picture.info["transparency"] = tuple(level >> 8 for level in clear)  # as Pillow the pixels
     return ImageOps.exif_transpose(picture)
 
 
@@ -35,7 +40,8 @@ def as_seen(picture):
 
     A deep grey picture does not say how many bits are in use: we take the fewest of 8, 12, 16 and
     32 that hold its brightest pixel; floating point is taken as 0..1 where nothing exceeds 1.
-    ValueError for negative whole numbers, since nobody knows what is black among them.
+    ValueError for negative numbers, and for those of more than 32 bits, since nobody knows what is
+    black and white among them.
     """
     tags = getattr(picture, "tag_v2", {})  # of a TIFF
     signed, white_is_zero = 2 in np.atleast_1d(tags.get(339, 1)), tags.get(262) == 0
@@ -46,9 +52,15 @@ def as_seen(picture):
         levels, clear = np.asarray(picture), picture.info.get("transparency")
         if picture.mode == "I" and tags and not signed:
             levels = levels.view(np.uint32)  # which Pillow reads as signed
-        values = np.nan_to_num(levels.astype(np.float64)).clip(0)
+        values = levels.astype(np.float64)
+        finite = values[np.isfinite(values)]
+        values = np.nan_to_num(values, posinf=finite.max(initial=0), neginf=0)
+        if values.min() < 0:
+            raise ValueError("it holds negative numbers")
         tops = [1.0] * (picture.mode == "F") + [2.0 ** bits - 1 for bits in (8, 12, 16, 32)]
-        top = next((top for top in tops if values.max() <= top), values.max())
+        top = next((top for top in tops if values.max() <= top), None)
+        if top is None:
+            raise ValueError(f"it holds numbers of up to {values.max():.3g}")
         values = np.where(levels == clear, top, top - values if white_is_zero else values)
         picture = Image.fromarray((values * (255 / top)).round().astype(np.uint8))
     elif picture.has_transparency_data:

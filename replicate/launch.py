@@ -35,7 +35,7 @@ def parse(paper, arguments, options=None):
     add("--seeds", help="such as 0,1,2; default: those that the scale declares")
     add("--rows", default="*", metavar="GLOB", help="such as 'rotnet4/*'; several with commas")
     add("--data", metavar="DIR", help="data root")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--device", default="auto", choices=terminal.DEVICES)
     add("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="change a setting; its results go to a suite of their own")
     add("--results", default=str(ROOT / "out"), metavar="DIR",
@@ -67,8 +67,6 @@ def tell(line, run=None):
 
 def pick_device(name):
     """auto, cpu or cuda -> torch.device; this rank's GPU under torchrun."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise InputError(f"unknown device '{name}'; known: auto, cpu, cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("device 'cuda' asked for but no CUDA GPU is visible: --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
@@ -110,29 +108,6 @@ def suite_name(scale, config, own, overrides):
     return suite + "-custom" * any(not each.startswith("dataset=") for each in overrides)
 
 
-def require_writable(folder, option):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        records.tidy(folder)
-        probe = records.temporary(folder / "probe")
-        probe.write_bytes(b"0" * 4096)
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"cannot write to {folder} ({error.strerror}): give another place with "
-                         f"{option}") from None
-
-
-def read_seeds(given, declared):
-    try:
-        seeds = [int(seed) for seed in given.split(",")] if given else declared
-    except ValueError:
-        raise InputError(f"--seeds takes whole numbers such as 0,1,2, not '{given}'") from None
-    for seed in seeds:
-        if not 0 <= seed < 2 ** 40:
-            raise InputError(f"seed {seed}: seeds start at 0 and end before {2 ** 40}")
-    return seeds
-
-
 def runs(script, Config, options, rows, always):
     """Check everything that can be checked, then yield the Run of each seed, holding its lock."""
     declared = records.read_declared(script)
@@ -143,14 +118,9 @@ def runs(script, Config, options, rows, always):
     for glob in only:
         if not records.matching(names, [glob]):
             raise InputError(f"no row matches '{glob}'; rows: {', '.join(names)}")
-    seeds = read_seeds(options.seeds, block["seeds"])
-    if options.data and not Path(options.data).is_dir():
-        raise InputError(f"no data folder {options.data}: give another with --data DIR; "
-                         "--scale demo needs none")
+    seeds = terminal.read_seeds(options.seeds, block["seeds"])
+    terminal.check_options(options)
     device = set_up(config, options.device)
-    for folder, option in ((options.results, "--results DIR"), (options.runs, "--runs DIR")):
-        if not options.plan:
-            require_writable(Path(folder), option)
     left_out = {}  # one for all seeds, so that a line is said once
     for seed in seeds[:1] if options.plan else seeds:
         run = Run(script, dataclasses.replace(config, seed=seed), options.scale,
@@ -200,14 +170,18 @@ def locked(run):
     """Hold the lock of a run's checkpoints: the first rank does, and a plan needs none."""
     with contextlib.ExitStack() as stack:
         if run.rank == 0 and not run.plan:
-            run.folder.mkdir(parents=True, exist_ok=True)
+            file = run.suite / f"{run.paper}.jsonl"
+            terminal.require_writable(run.suite, "--results DIR", file)
+            terminal.require_writable(run.folder, "--runs DIR", run.folder / "lock")
             lock = stack.enter_context(open(run.folder / "lock", "w"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise InputError(f"run {run.hash} (seed {run.seed}) is going on in another "
                                  "process: wait for it, or give another folder with --runs "
                                  "DIR") from None
+            except OSError:  # a file system without locks
+                run.say(f"note: no lock in {run.folder}: do not run the same twice at once")
             for checkpoint in run.folder.glob("*.pt") if run.force else ():
                 checkpoint.unlink()
             records.tidy(run.folder, run.suite)

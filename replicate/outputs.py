@@ -123,6 +123,8 @@ def convert(pairs, change):
     for number, (made, path) in enumerate(pairs.items(), 1):
         start = time.perf_counter()
         try:
+            if len(os.fsencode(made.name)) > 255:
+                raise InputError(f"{made.name} is too long for a file's name")
             picture, alpha, frames = read(path)
             content, lost = encode(change(picture), alpha, made.suffix)
             lost += f"; the first of {frames} frames" * (frames > 1)

@@ -32,7 +32,7 @@ def append(path, record):
     """
     line = (json.dumps(record, sort_keys=True, allow_nan=False) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":
@@ -235,11 +235,15 @@ def code_hash(script, root=ROOT):
 
 def provenance(script):
     """{"code", "commit", "dirty", "started"}; commit and dirty are None outside git."""
-    def git(*words):
-        command = ["git", "-C", str(ROOT), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+
+    def git(*words):  # whatever repository the environment names, as it does within git's hooks
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True,
+                              check=True, env=own).stdout.strip()
     files = [str(Path(script).resolve().with_suffix(suffix)) for suffix in (".py", ".yaml")]
     try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT.resolve():
+            raise OSError("a repository of somebody else around this folder")
         commit = git("rev-parse", "HEAD")
         dirty = bool(git("status", "--porcelain", "--", *files, "requirements.txt",
                          *(f"replicate/{name}" for name in SHARED)))
@@ -251,10 +255,30 @@ def provenance(script):
 
 # Files and terminal
 def show_all_text():
-    """Let stdout and stderr take any text: a path may hold what the terminal cannot show."""
+    """Let stdout and stderr take any text: a path may hold what the terminal cannot show.  One
+    that goes away, such as `| head`, or whose disk is full is no reason to lose a training: what
+    would be written there is dropped then."""
     for output in (sys.stdout, sys.stderr):
-        if hasattr(output, "reconfigure"):
+        if hasattr(output, "reconfigure") and "write" not in vars(output):
             output.reconfigure(errors="backslashreplace")
+            output.write, output.flush = dropping(output, "write"), dropping(output, "flush")
+
+
+def dropping(output, name):
+    """output's method of that name; once it fails, the output goes to the null device."""
+    method = getattr(output, name)
+
+    def call(*arguments):
+        try:
+            return method(*arguments)
+        except OSError as error:
+            with open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), output.fileno())
+            if output is sys.stdout:
+                print(f"warning: nothing more is shown, since standard output fails ({error})",
+                      file=sys.stderr, flush=True)
+            return None
+    return call
 
 
 def is_first_rank():
@@ -274,7 +298,8 @@ def damaged_part(path):
 
 def temporary(path):
     """The name under which a file is written before it is renamed; it tells whose it is."""
-    return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.partial")
+    name = os.fsdecode(os.fsencode(path.name)[:120])  # a file's name has at most 255 bytes
+    return path.with_name(f"{name}.{platform.node()[:64]}.{os.getpid()}.partial")
 
 
 def tidy(*folders):
@@ -283,7 +308,7 @@ def tidy(*folders):
     for path in (path for folder in folders for path in folder.glob("*.partial")):
         with contextlib.suppress(OSError, ValueError):
             name, number, _ = path.name.rsplit(".", 2)
-            if name.endswith(f".{platform.node()}") and not is_alive(int(number)):
+            if name.endswith(f".{platform.node()[:64]}") and not is_alive(int(number)):
                 path.unlink()
 
 

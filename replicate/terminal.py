@@ -7,6 +7,7 @@ takes, the sums of a plan, and the summary at the end.
     python -m replicate.terminal end LEDGER PAPER ...        what the runs noted in LEDGER came to
 """
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -20,8 +21,47 @@ from replicate.report import show_time
 
 GROUPS = 5  # lines that a plan has for one paper, so that six papers fit on a page
 NEXT = {"smoke": "demo", "demo": "small", "small": "full"}
+DEVICES = "auto", "cpu", "cuda"
 DOWNLOADS = {  # megabytes of what torchvision fetches
     "cifar10": 170, "mnist": 12, "usps": 3, "imagenette": 1560, "stl10": 2640, "svhn": 247}
+
+
+# Options that all papers share
+def check_options(options):
+    """InputError for what is wrong whichever the paper: its data root, and where it writes."""
+    if options.data and not Path(options.data).is_dir():
+        raise InputError(f"no data folder {options.data}: give another with --data DIR; scale demo "
+                         "needs none")
+    for folder, option in ((options.results, "--results DIR"), (options.runs, "--runs DIR")):
+        if not options.plan:
+            require_writable(Path(folder), option)
+
+
+def require_writable(folder, option, file=None):
+    """InputError where nothing can be written to a folder, or to a file that may be there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        records.tidy(folder)
+        probe = records.temporary(folder / "probe")
+        probe.write_bytes(b"0" * 4096)
+        probe.unlink()
+        if file and file.exists():
+            open(file, "ab").close()
+    except OSError as error:
+        place = error.filename if file and error.filename == str(file) else folder
+        raise InputError(f"cannot write to {place} ({error.strerror}): give another place with "
+                         f"{option}") from None
+
+
+def read_seeds(given, declared):
+    try:
+        seeds = [int(seed) for seed in given.split(",")] if given is not None else declared
+    except ValueError:
+        raise InputError(f"--seeds takes whole numbers such as 0,1,2, not '{given}'") from None
+    for seed in seeds:
+        if not 0 <= seed < 2 ** 40:
+            raise InputError(f"seed {seed}: seeds start at 0 and end before {2 ** 40}")
+    return list(dict.fromkeys(seeds))  # one named twice counts once
 
 
 # A line in place
@@ -57,7 +97,8 @@ def note(run):
     if path and run.rank == 0:
         line = {"paper": run.paper, "scale": run.scale, "suite": str(run.suite.resolve()),
                 "rows": sum(len(rows) for rows, *_ in run.costs), "seconds": seconds_of(run.costs)}
-        records.append(Path(path), line)
+        with contextlib.suppress(OSError):  # the run itself is recorded
+            records.append(Path(path), line)
 
 
 # A plan
@@ -97,6 +138,8 @@ def plan_lines(run, recorded):
 
 def sum_up_plan(notes, work):
     """notes: a plan of one seed of each paper; work: the paper of each seed that is to be run."""
+    if {note["paper"] for note in notes} != set(work):
+        return []  # one could not be planned, which has been said
     seconds, total = (sum(note[key] for note in notes) for key in ("seconds", "rows"))
     whole = show_time(sum(note["seconds"] * work.count(note["paper"]) for note in notes))
     seeds = f", {whole} for all {len(work)} seeds" * (len(work) > len(notes))
@@ -137,9 +180,14 @@ def having(papers, scale):
     return [paper for paper in papers if scale in scales_of(paper)]
 
 
-def turns(papers, scale):
-    """["paper seed", ...] in the order of work: the first seed of every paper, then the second."""
-    seeds = {paper: scales_of(paper).get(scale, {}).get("seeds", [0]) for paper in papers}
+def turns(papers, scale, given=None):
+    """["paper seed", ...] in the order of work: the first seed of every paper, then the second;
+    given: a text such as 0,1,2, or the seeds that the papers declare."""
+    known = {name for paper in papers for name in scales_of(paper)}
+    if scale not in known:
+        raise InputError(f"unknown scale '{scale}'; known: {', '.join(sorted(known))}")
+    seeds = {paper: read_seeds(given, scales_of(paper).get(scale, {}).get("seeds", [0]))
+             for paper in papers}
     return [f"{paper} {seeds[paper][number]}" for number in range(max(map(len, seeds.values())))
             for paper in papers if number < len(seeds[paper])]
 
@@ -149,9 +197,6 @@ def choose_scale(papers, data="", device="auto", dataset=""):
     import torch
     from replicate import data as image_data
     root = image_data.data_root(data)
-    if data and not root.is_dir():
-        raise InputError(f"no data folder {data}: give another with --data DIR; scale demo needs "
-                         "none")
     there = having(papers, "demo")
     lacking = [paper for paper in papers if paper not in there]
     if dataset == "embedded":
@@ -282,29 +327,35 @@ def summarize(notes):
 def main(arguments=None):
     records.show_all_text()
     parser = argparse.ArgumentParser(prog="python -m replicate.terminal", allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     commands = parser.add_subparsers(dest="command", required=True)
-    scale = commands.add_parser("scale")
-    scale.add_argument("papers", nargs="+")
-    scale.add_argument("--data", default="")
-    scale.add_argument("--device", default="auto")
-    scale.add_argument("--set", action="append", default=[])
-    work = commands.add_parser("turns")
+    scale, work = commands.add_parser("scale"), commands.add_parser("turns")
     work.add_argument("scale")
-    work.add_argument("papers", nargs="+")
+    work.add_argument("--seeds")
+    for command in (scale, work):
+        command.add_argument("papers", nargs="+")
+        command.add_argument("--data", default="", type=os.path.expanduser)
+        command.add_argument("--device", default="auto", choices=DEVICES)
+        command.add_argument("--set", action="append", default=[])
+        command.add_argument("--results", default=str(ROOT / "out"), type=os.path.expanduser)
+        command.add_argument("--runs", default=str(ROOT / "runs"), type=os.path.expanduser)
+        command.add_argument("--plan", action="store_true")
     end = commands.add_parser("end")
+    for each in (parser, scale, work, end):
+        each.error = lambda message: parser.exit(2, f"error: {message}\n")
     end.add_argument("ledger")
     end.add_argument("--turns", default="", help="paper seed paper seed ...")
     end.add_argument("--plan", action="store_true")
     given, _ = parser.parse_known_args(arguments)
     try:
+        if given.command != "end":
+            check_options(given)
         if given.command == "scale":
             sets = [text.partition("=")[2] for text in given.set if text.startswith("dataset=")]
             chosen, reason = choose_scale(given.papers, given.data, given.device, *sets[-1:])
             print(f"scale {chosen}: {reason}", file=sys.stderr, flush=True)
             print(chosen, *having(given.papers, chosen))
         elif given.command == "turns":
-            print(*turns(given.papers, given.scale), sep="\n")
+            print(*turns(given.papers, given.scale, given.seeds), sep="\n")
         else:
             notes = read_notes(given.ledger)
             lines = sum_up_plan(notes, given.turns.split()[::2]) if given.plan else summarize(notes)

@@ -70,14 +70,15 @@ def convert(name, value, kind):
         assert value in choices, f"{name} must be one of {known}, not {value!r}"
         return value
     with contextlib.suppress(ValueError):
-        if type(value) is str and kind is int or kind is float and type(value) in (int, str):
+        plain = type(value) in (int, str) and "_" not in str(value)  # Python takes 1_0 as 10
+        if plain and (kind is float or kind is int and type(value) is str):
             value = kind(value)
     if type(value) is str and kind is bool:
         value = {"true": True, "false": False}.get(value.lower(), value)
     assert type(value) is kind, f"{name} must be of type {kind.__name__}, not {value!r}"
     assert kind is not float or math.isfinite(value), f"{name} must be finite, not {value}"
     assert kind not in (int, float) or value >= 0, f"{name} must not be negative: {value}"
-    assert kind is not int or value < 2 ** 40, f"{name} must be below {2 ** 40}, not {value}"
+    assert kind not in (int, float) or value < 2 ** 40, f"{name} must be below {2 ** 40}, not {value}"
     if kind is str and value.startswith("folder:"):
         value = "folder:" + os.path.abspath(os.path.expanduser(value.removeprefix("folder:")))
     return value

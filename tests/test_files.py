@@ -60,11 +60,50 @@ def test_tiffs_of_all_kinds_of_numbers_are_seen_as_they_are_meant(tmp_path, kind
             decode(write_tiff(tmp_path / "c.tif", values - np.array(2, kind)))
 
 
+@pytest.mark.parametrize("odd,expected", [
+    (np.inf, 1.0), (np.nan, 0.0), (-np.inf, 0.0), (-1.0, "it holds negative numbers"),
+    (3.4e38, "it holds numbers of up to 3.4e.38")])  # as maps mark what was not measured
+def test_one_odd_number_does_not_change_the_rest_of_a_picture(tmp_path, odd, expected):
+    values = RAMP.astype("<f4")
+    values[3, 4] = odd
+    path = write_tiff(tmp_path / "a.tif", values)
+    if isinstance(expected, str):
+        with pytest.raises(InputError, match=expected):
+            decode(path)
+    else:
+        right = torch.from_numpy(RAMP).clone()
+        right[3, 4] = expected
+        assert (decode(path)[0] / 255 - right).abs().max() < 1.5 / 255
+
+
+def test_a_fourth_byte_that_a_bitmap_does_not_use_is_no_transparency(tmp_path):
+    masks = struct.pack("<4I", 0xff0000, 0xff00, 0xff, 0xff000000)
+    header = struct.pack("<IiiHHIIiiII", 108, 20, 20, 1, 32, 3, 1600, 0, 0, 0, 0) + masks
+    start = b"BM" + struct.pack("<IHHI", 14 + 108 + 1600, 0, 0, 14 + 108) + header.ljust(108, b"\0")
+    for alpha, seen in ((0, [30, 20, 10]), (128, [142, 137, 132])):
+        (tmp_path / "a.bmp").write_bytes(start + bytes([10, 20, 30, alpha]) * 400)
+        assert decode(tmp_path / "a.bmp")[:, 5, 5].tolist() == seen
+
+
+def test_the_transparent_colour_of_a_deep_png_is_white(tmp_path):
+    header = struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + struct.pack(">3H", 200 * 257, 100, 5) * 16 for _ in range(16))
+    for clear, seen in (((200 * 257, 100, 5), [255] * 3), ((200, 100, 5), [200, 0, 0])):
+        path = tmp_path / f"{clear[0]}.png"
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+                         + chunk(b"tRNS", struct.pack(">3H", *clear))
+                         + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+        assert decode(path)[:, 0, 0].tolist() == seen
+
+
+def chunk(kind, content):
+    """A chunk of a PNG."""
+    return (struct.pack(">I", len(content)) + kind + content
+            + struct.pack(">I", zlib.crc32(kind + content)))
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
 def test_the_transparent_level_of_a_grey_png_is_white(tmp_path, bits):
-    def chunk(kind, content):
-        return (struct.pack(">I", len(content)) + kind + content
-                + struct.pack(">I", zlib.crc32(kind + content)))
     header = struct.pack(">IIBBBBB", 16, 16, bits, 0, 0, 0, 0)  # all pixels have level 0
     for level, white in ((0, 255), (1, 0)):
         path = tmp_path / f"{level}.png"

@@ -1,5 +1,6 @@
 """The command line as a user meets it: refusals, failures, folders that are full, plans."""
 import dataclasses
+import errno
 import fcntl
 import os
 import subprocess
@@ -20,12 +21,15 @@ from replicate.records import ROOT, InputError
     (["--rows", "nothing"], "no row matches 'nothing'"),
     (["--seeds", "-1"], "seed -1: seeds start at 0"), (["--seeds", "9" * 30], "and end before"),
     (["--seeds", "a"], "--seeds takes whole numbers"),
-    (["--device", "tpu"], "unknown device 'tpu'"),
+    (["--device", "tpu"], "--device: invalid choice: 'tpu'"),
     (["--set", "batch_size=0"], "batch_size must be above 0"),
     (["--set", "width=1"], "at least 4 channels"),
     (["--data", "/does/not/exist"], "no data folder /does/not/exist"),
     (["--colour"], "unrecognized arguments: --colour"),
     (["--set", "dataset=nothing"], "unknown data set 'nothing'"),
+    (["--set", "pretext_epochs=1e13"], "pretext_epochs must be below"),
+    (["--set", "batch_size=1_0"], "batch_size must be of type int, not '1_0'"),
+    (["--set", "pretext_epochs=1_0.5"], "pretext_epochs must be of type float"),
     (["--set", "pretext_epochs=0.00001", "--rows", "mirrored/*"], "a longer budget is needed"),
     (["--set", "pretext_drops=[30, 60]"], "rising fractions"),
     (["--rows"], "--rows: expected one argument"), (["--scale", ""], "--scale is empty"),
@@ -37,6 +41,34 @@ def test_wrong_input_gets_one_line_and_leaves_nothing(tmp_path, seventh, capsys,
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1
     assert not [path for kind in ("jsonl", "pt", "partial") for path in tmp_path.rglob(f"*.{kind}")]
+
+
+@pytest.mark.parametrize("failure", [errno.EWOULDBLOCK, errno.ENOSYS])
+def test_only_a_lock_that_is_held_means_another_process(tmp_path, seventh, capsys, folders,
+                                                        monkeypatch, failure):
+    def flock(*arguments):
+        raise OSError(failure, "no")
+    monkeypatch.setattr("fcntl.flock", flock)
+    held = failure == errno.EWOULDBLOCK
+    assert seventh.main(["--scale", "smoke", "--rows", "random/*", *folders]) == 2 * held
+    captured = capsys.readouterr()
+    assert ("is going on in another" in captured.err) == held
+    assert ("note: no lock" in captured.out) != held
+
+
+def test_a_records_file_that_cannot_be_written_is_known_before_the_training(
+        tmp_path, seventh, capsys, folders):
+    (tmp_path / "results/smoke/mirrored.jsonl").mkdir(parents=True)  # as good as another user's
+    assert seventh.main(["--scale", "smoke", *folders]) == 2
+    error = capsys.readouterr().err
+    assert "mirrored.jsonl" in error and len(error.splitlines()) == 1
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_ledger_that_cannot_be_written_fails_no_run(tmp_path, seventh, folders, monkeypatch):
+    monkeypatch.setenv("REPLICATE_LEDGER", "/dev/full")
+    assert seventh.main(["--scale", "smoke", "--rows", "random/*", *folders]) == 0
+    assert (tmp_path / "results/smoke/mirrored.md").exists()
 
 
 def test_no_cuda_is_said(monkeypatch, seventh, capsys, folders):

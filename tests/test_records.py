@@ -128,3 +128,28 @@ def test_the_hash_of_the_code_covers_script_and_shared_files(tmp_path):
         seen.add(records.code_hash(files[0], tmp_path))
     assert len(seen) == 1 + len(files) and all(len(digest) == 12 for digest in seen)
     assert set(records.provenance(tmp_path / "x.py")) == {"code", "commit", "dirty", "started"}
+
+
+def test_the_commit_is_of_this_repository_whatever_lies_around_it(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b",
+                        *words], check=True, capture_output=True)
+    git("init")
+    git("commit", "--allow-empty", "-m", "homework")
+    own = records.provenance(tmp_path / "x.py")["commit"]
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    assert records.provenance(tmp_path / "x.py")["commit"] == own
+    monkeypatch.setattr(records, "ROOT", tmp_path / "six papers")
+    records.ROOT.mkdir()
+    assert records.provenance(tmp_path / "x.py")["commit"] is None
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    assert records.provenance(tmp_path / "x.py")["commit"] not in (None, own)
+
+
+def test_records_may_be_shared_as_the_users_mask_says(tmp_path):
+    before = os.umask(0o002)
+    try:
+        records.append(tmp_path / "a.jsonl", {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.jsonl").stat().st_mode & 0o777 == 0o664

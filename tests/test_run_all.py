@@ -228,10 +228,27 @@ def test_papers_take_turns_through_the_seeds_that_they_declare(tmp_path, monkeyp
     *((["smoke", "--seeds", seeds], f"such as 0,1,2, not '{seeds}'")
       for seeds in ("*", ",", "", "0,")),
     (["smoke", "../papers/swav"], "unknown scale or paper '../papers/swav'"),
+    (["--scale", "foo"], "unknown scale 'foo'"), (["smoke", "--data", "/none"], "no data folder"),
+    (["smoke", "--device", "tpu"], "--device: invalid choice: 'tpu'"),
+    (["smoke", "--results", "/proc/x"], "cannot write to /proc/x"),
+    (["smoke", "zhang_colorization", "--colorize", "a.png", "b.png"], "no picture or folder a.png"),
 ])
-def test_wrong_words_are_named(clone, arguments, message):
+def test_wrong_words_are_named_once(clone, arguments, message):
     result = run_all(*arguments, folder=clone)
-    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 2 and message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_paper_or_seed_named_twice_runs_once(clone, tmp_path):
+    result = run_all("smoke", "gidaris_rotation", *QUICK, "--seeds=0,0", "--jobs=2",
+                     "--results", str(tmp_path / "o"), "--runs", str(tmp_path / "r"), folder=clone)
+    assert result.returncode == 0 and "going on in another" not in result.stderr
+    assert result.stdout.count("seed 0: 1 row to do") == 1
+
+
+def test_a_plan_that_fails_has_no_sum(clone):
+    result = run_all("plan", "smoke", "dann", "--rows", "nothing", folder=clone)
+    assert result.returncode == 2 and "in all" not in result.stdout
 
 
 def test_a_temporary_folder_that_is_not_there_is_named(clone):
@@ -312,8 +329,7 @@ def test_jobs_run_side_by_side_with_their_share_of_the_cores(clone, tmp_path):
     assert {threads for *_, threads in words} == {str(max(1, os.cpu_count() // 2))}
     seeds = {seed for _, seed, _ in words}
     assert seeds >= {"0", "1", "2", "3"} and "5" not in seeds
-    turns = sorted(line for line in result.stdout.splitlines() if line.startswith("run "))
-    assert turns[:3] == ["run 1 of 6: ", "run 2 of 6: ", "run 3 of 6: "]
+    assert all(f"run {number} of 6: " in result.stdout for number in (1, 2, 3, 4))
     assert result.returncode != 0
     assert "zz_eighth (seed 1)" in result.stderr and "zz_eighth (seed 3)" in result.stderr
 

@@ -517,7 +517,8 @@ def published(encoder, prefix="module."):
 
 
 @pytest.mark.parametrize("wrap", [lambda state: state,
-                                  lambda state: {"state_dict": state, "epoch": 3}])
+                                  lambda state: {"state_dict": state, "epoch": 3},
+                                  lambda state: [state, 3]])
 @pytest.mark.parametrize("network,width,stem,prefix", [
     ("resnet18", 0.125, "imagenet", "module."), ("resnet10", 0.25, "cifar", ""),
     ("resnet50", 0.125, "no-pool", "module.encoder.")])
@@ -534,7 +535,14 @@ def test_weights_load_whatever_their_prefix_and_heads(tmp_path, wrap, network, w
                                           loaded.state_dict().items()):
         assert torch.equal(first, second), name
     assert (type(loaded.maxpool) is type(encoder.maxpool)
-            and f"{network}, width {width:g}, stem {stem}" in capsys.readouterr().out)
+            and f"{network}, width {width:g}, stem {stem}" in (said := capsys.readouterr().out))
+    assert ("--set stem" in said) == (stem == "no-pool")  # where it would be heeded
+
+
+@pytest.mark.parametrize("other", ["--evaluate=none.pt", "--plan"])
+def test_what_goes_not_together_is_said(tmp_path, capsys, folders, other):
+    assert swav.main(["--scale", "smoke", "--export", str(tmp_path / "a.pt"), other, *folders]) == 2
+    assert capsys.readouterr().err == "error: --export goes neither with --evaluate nor with --plan\n"
 
 
 def numbered(encoder):

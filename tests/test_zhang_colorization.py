@@ -2,6 +2,7 @@
 and colour pictures."""
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -631,6 +632,35 @@ def source(tmp_path):
     for name in (".DS_Store", ".hidden.png", "Thumbs.db", "notes.txt"):
         (source / name).write_bytes(b"x")
     return source
+
+
+def test_of_several_networks_the_one_that_was_trained_longest_is_taken(tmp_path, capsys):
+    Image.fromarray(RAMP).save(tmp_path / "in.png")
+    state = some_network().state_dict()
+    for number, (steps, more) in enumerate([(9, {"optimizer": {}}), (5, {}), (7, {}), (6, {})]):
+        path = tmp_path / f"runs/zhang_colorization/{number}/full.pt"
+        path.parent.mkdir(parents=True)
+        torch.save({"model": state, "step": steps, **more}, path)
+        os.utime(path, (number, number))
+
+    def network(made):
+        assert zhang.main(["--colorize", str(tmp_path / "in.png"), str(tmp_path / made), "--runs",
+                           str(tmp_path / "runs")]) == 0
+        return capsys.readouterr().out.splitlines()[0].partition("zhang_colorization/")[2]
+    assert network("a.png") == "2/full.pt, 7 steps"
+    for number in (1, 2, 3):
+        (tmp_path / f"runs/zhang_colorization/{number}/full.pt").unlink()
+    assert network("b.png") == "0/full.pt, 9 steps, not finished"
+
+
+def test_a_name_that_is_too_long_leaves_out_one_picture(tmp_path, checkpoint, capsys):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "m" * 245 + ".png", "n" * 249 + ".gif", "z.png"):
+        Image.fromarray(RAMP).save(tmp_path / "in" / name)
+    assert color(checkpoint, tmp_path / "in", tmp_path / "out") == 2
+    assert {path.name[0] for path in (tmp_path / "out").iterdir()} == {"a", "m", "z"}
+    error = capsys.readouterr().err
+    assert "is too long for a file's name" in error and len(error.splitlines()) == 1
 
 
 def test_the_first_frame_of_an_animation_is_said_to_be_one(tmp_path, checkpoint, capsys):
