@@ -30,7 +30,7 @@ import re, sys
 from importlib import metadata
 def version(name):
     try:
-        return metadata.version(name).split("+")[0]
+        return (metadata.version(name) or "none").split("+")[0]
     except metadata.PackageNotFoundError:
         return "none"
 def numbers(text):
@@ -40,7 +40,7 @@ for line in open(sys.argv[1]):
     found = version(name)
     if found != wanted and (sign == "==" or numbers(found) < numbers(wanted)):
         print(f"{name}{sign}{wanted} (there: {found})", end="  ")'
-usable() { recent "$1" && why=$("$1" -c "$lacking" "$needs" 2>&1) && [ -z "$why" ]; }
+usable() { recent "$1" && why=$("$1" -c "$lacking" "$needs" 2>/dev/null) && [ -z "$why" ]; }
 why=
 for python in "${PYTHON:-python}" python3 "$here/.venv/bin/python" ""; do
     usable "$python" && break

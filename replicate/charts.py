@@ -11,7 +11,7 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 620, 44, 320
 
 def round_ticks(low, high):
     """Five or so multiples of 1, 2 or 5 times a power of ten that enclose low..high."""
-    rough = (high - low or 1.0) / 5
+    rough = max(high - low or 1.0, 1e-6 * max(abs(low), abs(high)), 1e-12) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
     first, last = math.floor(low / step), math.ceil(high / step)

@@ -147,6 +147,10 @@ def list_classes(folder):
                          for entry in entries if entry.is_dir() and not hidden(entry.name))
     except OSError as error:
         raise InputError(f"no images in {folder}: {error.strerror}") from None
+    names = [name for name, _ in classes]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise InputError(f"{folder} has the class {min(twice)} twice, its letters in Unicode's two "
+                         "forms: put its pictures into one folder")
     paths, labels, counts, left_out = [], [], [], Counter()
     left_out["hidden"] = sum(hidden(entry.name) for entry in entries)
     left_out["not in a class's folder"] = len(entries) - len(classes) - left_out["hidden"]
@@ -166,19 +170,17 @@ def list_classes(folder):
     line = f"{folder}: {len(paths)} pictures ({', '.join(counts)})"
     if left_out := +left_out:
         line += "; left out: " + ", ".join(f"{n} {why}" for why, n in sorted(left_out.items()))
-    print(line, flush=True)
-    return paths, labels, [name for name, _ in classes]
+    print(line.replace("\n", "\\n"), flush=True)
+    return paths, labels, names
 
 
 def require_apart(places):
     """InputError where links make one picture lie in two places, such as train/cat and test/dog;
     places: (name, path) of every picture."""
-    folders, first = {}, {}
+    first = {}
     for place, path in places:
-        folder, name = os.path.split(path)
-        if folder not in folders:
-            folders[folder] = os.path.realpath(folder)
-        own = os.path.realpath(path) if os.path.islink(path) else f"{folders[folder]}/{name}"
+        file = os.stat(path)  # its device and number there tell a file, whatever its names
+        own = (file.st_dev, file.st_ino) if file.st_ino else os.path.realpath(path)
         if first.setdefault(own, place) != place:
             raise InputError(f"a link makes {path} a picture of both {first[own]} and {place}: "
                              "remove it")

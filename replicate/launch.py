@@ -204,6 +204,8 @@ def failure(error, run):
     if re.search("size is too small|shapes cannot be multiplied|[Kk]ernel size", text):
         return (f"{run.fitting or run.paper}: the network takes no images or crops of this size "
                 f"({text.splitlines()[0]}): change image_size or crop_size with --set")
+    if "start new thread" in text:
+        return "no more threads can be started here: raise the limit of processes (ulimit -u)"
     if isinstance(error, (torch.linalg.LinAlgError, OverflowError)):
         return (f"{run.fitting or run.paper}: a setting or weight is too large or too small, "
                 f"numbers run out of their range ({text.splitlines()[0]})")

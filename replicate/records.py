@@ -89,6 +89,8 @@ def read(path):
             records.append(record)
         elif record is not None or line.strip():
             warnings.append(f"{'/'.join(path.parts[-3:])} line {number}: not a record, skipped")
+    if len(warnings) > 3:
+        warnings[2:] = [f"{warnings[2]}; so are {len(warnings) - 3} more lines"]
     return records, warnings
 
 
@@ -279,6 +281,14 @@ def dropping(output, name):
                       file=sys.stderr, flush=True)
             return None
     return call
+
+
+def named(text):
+    """A folder's name on a command line -> the same, with ~ spelt out; ValueError for an empty one,
+    such as a shell's variable that is not set."""
+    if not text:
+        raise ValueError
+    return os.path.expanduser(text)
 
 
 def is_first_rank():

@@ -31,6 +31,7 @@ SCALES = {  # the largest first, as the index lists them
             "another, not with the paper's values",
     "smoke": "a test that everything runs; its numbers mean nothing",
 }
+MARKS = {".md": "typed by hand", ".json": '"claims": ', ".svg": "<svg"}  # of what is made here
 VERDICTS = ("reproduced", "contradicted", "open")
 NAMES = {  # parts of rows' names that mean the same in all papers; a paper's YAML has its own
     "random": "a network that was never trained",
@@ -592,8 +593,7 @@ def render_suite(folder, papers):
     stems = sorted(path.stem for path in folder.glob("*.jsonl"))
     for stem in stems:
         if not (papers / f"{stem}.py").exists():
-            _, warnings = records.read(folder / f"{stem}.jsonl")
-            warn([*warnings, f"{folder.name}/{stem}.jsonl: there is no script {stem}.py, skipped"])
+            warn([f"{folder.name}/{stem}.jsonl: there is no script {stem}.py, skipped"])
             continue
         view, warnings = look(folder, stem, papers, reference_of(folder, papers))
         warn(warnings)
@@ -643,14 +643,17 @@ def render(results, papers):
 def write_tables(results, papers):
     """Bring the rendered files up to date, each whole or not at all; a line for each that changes.
 
-    Raises what `render` raises, and InputError where the README.md in `results` is another's.
+    Raises what `render` raises, and InputError where a file of that name is another's.
     """
-    files, lines, index = render(results, papers), [], results / "README.md"
-    if index.exists() and INDEX_LINE.encode() not in index.read_bytes():
-        raise InputError(f"{index} was not made by this program: name another folder with "
-                         "--results DIR")
+    files, lines = render(results, papers), []
+    there = {path: path.read_bytes() for path in files if path.exists()}
+    for path, content in there.items():
+        own = path.is_relative_to(results) and content
+        if own and MARKS[path.suffix].encode() not in content:
+            raise InputError(f"{path} was not made by this program: name another folder with "
+                             "--results DIR")
     for path, content in files.items():
-        if not path.exists() or path.read_bytes() != content.encode():
+        if there.get(path) != content.encode():
             write_atomically(path, content.encode())
             lines.append(f"wrote {name_of(path, results)}")
     return lines
@@ -688,7 +691,7 @@ def main(arguments=None):
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     parser.add_argument("--check", action="store_true",
                         help="write nothing; exit 1 if a file does not follow from the records")
-    parser.add_argument("--results", type=os.path.expanduser, metavar="DIR",
+    parser.add_argument("--results", type=records.named, metavar="DIR",
                         help="default: results/, and out/ where there is one and no --check")
     options = parser.parse_args(arguments)
     folders, out = [Path(options.results or records.ROOT / "results")], records.ROOT / "out"

@@ -96,7 +96,8 @@ def note(run):
     path = os.environ.get("REPLICATE_LEDGER")
     if path and run.rank == 0:
         line = {"paper": run.paper, "scale": run.scale, "suite": str(run.suite.resolve()),
-                "rows": sum(len(rows) for rows, *_ in run.costs), "seconds": seconds_of(run.costs)}
+                "data": run.data_folder, "rows": sum(len(rows) for rows, *_ in run.costs),
+                "seconds": seconds_of(run.costs)}
         with contextlib.suppress(OSError):  # the run itself is recorded
             records.append(Path(path), line)
 
@@ -280,15 +281,18 @@ def pace(views):
     return statistics.median(ratios) if ratios else 1.0
 
 
-def next_step(scale, papers, views):
-    """The next larger scale, and what it costs here as far as the reference tells; or None."""
+def next_step(scale, papers, views, data=""):
+    """The next larger scale, and what it costs here as far as the reference tells; or None.
+
+    data: the data root that was named, if one was.
+    """
     following = NEXT.get(scale)
     while following and not all(following in view.declared["scales"] for view in views):
         following = NEXT.get(following)
     if not following:
         return None
     from replicate import data as image_data
-    root, reference = image_data.data_root(""), ROOT / "results" / following
+    root, reference = image_data.data_root(data), ROOT / "results" / following
     there = [report.look(reference, paper, ROOT / "papers")[0] for paper in papers
              if (reference / f"{paper}.jsonl").exists()]
     hours = pace(views) * sum(view.hours(per_seed=True) for view in there)
@@ -301,7 +305,7 @@ def next_step(scale, papers, views):
     missing = len(papers) - len(there)
     if missing:
         parts.append(f"{report.count(missing, 'paper')} without a reference to tell the time")
-    only = "" if len(papers) > 1 else f" {papers[0]}"
+    only = ("" if len(papers) > 1 else f" {papers[0]}") + f" --data {data}" * bool(data)
     return f"./run_all.sh {following}{only}" + (f": {', '.join(parts)}" if parts else "")
 
 
@@ -319,7 +323,8 @@ def summarize(notes):
     if views:
         index = name_from_here(views[0].folder.parent / "README.md")
         lines += ["", f"All pages: {index}"]
-        step = next_step(notes[0]["scale"], [entry["paper"] for entry in notes], views)
+        step = next_step(notes[0]["scale"], [entry["paper"] for entry in notes], views,
+                         notes[0].get("data", ""))
         lines += [f"Next: {step}"] if step else []
     return lines
 
@@ -348,6 +353,8 @@ def main(arguments=None):
     given, _ = parser.parse_known_args(arguments)
     try:
         if given.command != "end":
+            import torch  # noqa: F401, so that one line says that it does not load
+
             check_options(given)
         if given.command == "scale":
             sets = [text.partition("=")[2] for text in given.set if text.startswith("dataset=")]
@@ -360,6 +367,9 @@ def main(arguments=None):
             notes = read_notes(given.ledger)
             lines = sum_up_plan(notes, given.turns.split()[::2]) if given.plan else summarize(notes)
             print(*lines, sep="\n", end="\n" * bool(lines))
+    except ImportError as error:
+        parser.error(f"torch of {sys.executable} cannot be loaded ({' '.join(str(error).split())})"
+                     ": mend it, or take another Python")
     except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     return 0

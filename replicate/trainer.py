@@ -78,7 +78,7 @@ def convert(name, value, kind):
     assert type(value) is kind, f"{name} must be of type {kind.__name__}, not {value!r}"
     assert kind is not float or math.isfinite(value), f"{name} must be finite, not {value}"
     assert kind not in (int, float) or value >= 0, f"{name} must not be negative: {value}"
-    assert kind not in (int, float) or value < 2 ** 40, f"{name} must be below {2 ** 40}, not {value}"
+    assert kind not in (int, float) or value < 2 ** 40, f"{name} must be below {2 ** 40}: {value}"
     if kind is str and value.startswith("folder:"):
         value = "folder:" + os.path.abspath(os.path.expanduser(value.removeprefix("folder:")))
     return value

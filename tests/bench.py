@@ -15,7 +15,6 @@ nothing is downloaded and no data are needed.  Lines go to DIR/bench.jsonl, the 
 import argparse
 import functools
 import importlib
-import json
 import os
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])  # where tests/ and replicate/ lie
 
-from replicate import data, evaluate, launch, records, trainer
+from replicate import data, evaluate, launch, records, terminal, trainer
 from replicate.records import ROOT
 from bench_page import MAIN, render, spread
 from idiomatic import VERSIONS, WORKERS, clock, idiomatic_step
@@ -326,7 +325,8 @@ def main(arguments=None):
     add, cuda = parser.add_argument, torch.cuda.is_available()
     add("scale", nargs="?", default="full" if cuda else "small", help="smoke, demo, small or full")
     add("papers", nargs="*", default=list(MAIN), help="default: all six")
-    add("--results", default=ROOT / "out" / "bench", type=Path, metavar="DIR")
+    add("--results", default=ROOT / "out" / "bench", metavar="DIR",
+        type=lambda text: Path(records.named(text)))
     add("--quick", action="store_true", help="two rounds of everything, to see that it runs")
     add("--first", action="store_true", help=argparse.SUPPRESS)  # stop at the first step
     add("--session", default="", help=argparse.SUPPRESS)  # of the process that asks for this part
@@ -340,7 +340,7 @@ def main(arguments=None):
     if unknown := [paper for paper in options.papers if paper not in MAIN]:
         parser.error(f"unknown paper {unknown[0]}; known: {', '.join(MAIN)}")
     try:
-        launch.require_writable(options.results, "--results DIR")
+        terminal.require_writable(options.results, "--results DIR")
     except records.InputError as error:
         parser.error(error)
     options.device = launch.pick_device("auto")
@@ -358,8 +358,7 @@ def main(arguments=None):
     failed = [names for names in parts if run_part(options, names)]
     time_start(options)
     time_protocols(options)
-    file = options.results / "bench.jsonl"
-    page = render([json.loads(line) for line in file.read_text().splitlines()])
+    page = render(options.results / "bench.jsonl")
     records.write_atomically(options.results / "BENCH.md", page.encode())
     print(f"\n{page}\n{options.results / 'BENCH.md'}", *(f"failed: {names}" for names in failed))
     return 1 if failed else 0

@@ -1,4 +1,7 @@
 """The page that tests/bench.py makes from its lines: ratios first, bare times beside them."""
+import contextlib
+import json
+
 import torch
 
 MAIN = {  # paper -> the training that stands for it
@@ -79,9 +82,18 @@ def growth_table(lines):
     return rows and [says, "", *table(["growth", *columns], rows)]
 
 
-def render(lines):
-    """bench.jsonl's lines -> BENCH.md"""
-    page = [INTRODUCTION]
+def read(path):
+    """The lines of bench.jsonl; what is none, such as one that a full disk has cut, is skipped."""
+    lines = []
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict) and "measure" in line]
+
+
+def render(path):
+    """bench.jsonl -> BENCH.md"""
+    page, lines = [INTRODUCTION], read(path)
     for (device, threads, scale), found in latest(lines).items():
         steps, start, growth, protocols = (
             [line for line in found if line["measure"] == measure]

@@ -40,7 +40,9 @@ def test_the_smallest_benchmark_measures_everything(tmp_path):
         "import torch", "--help", "first step"}
     assert sum(line["measure"] == "protocol" for line in lines) == 2
     page = (tmp_path / "BENCH.md").read_text()
-    assert page == bench_page.render(lines) and page in done.stdout
+    with (tmp_path / "bench.jsonl").open("a") as file:
+        file.write('{"measure": "st\n[]\n')  # cut by a full disk, or another's
+    assert page == bench_page.render(tmp_path / "bench.jsonl") and page in done.stdout
     for paper in bench_page.MAIN:
         assert f"| {paper} |" in page
 
@@ -48,8 +50,7 @@ def test_the_smallest_benchmark_measures_everything(tmp_path):
 def test_the_committed_page_follows_from_its_lines():
     lines = ROOT / "results" / "bench.jsonl"
     if lines.exists():
-        page = bench_page.render([json.loads(line) for line in lines.read_text().splitlines()])
-        assert (ROOT / "results" / "BENCH.md").read_text() == page
+        assert (ROOT / "results" / "BENCH.md").read_text() == bench_page.render(lines)
 
 
 @pytest.mark.parametrize("words,message", [

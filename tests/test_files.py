@@ -128,6 +128,23 @@ def test_a_link_puts_no_picture_into_two_places(tmp_path, link, target):
         data.load(f"folder:{root}", tmp_path, "cpu", 16)
 
 
+def test_one_file_with_two_names_is_one_picture(tmp_path):
+    root = write_folder(tmp_path / "set")
+    (root / "test/cat/0.png").unlink()
+    (root / "test/cat/0.png").hardlink_to(root / "train/cat/1.png")
+    with pytest.raises(InputError, match="a link makes .*test/cat/0.png a picture of both"):
+        data.load(f"folder:{root}", tmp_path, "cpu", 16)
+
+
+def test_two_forms_of_one_class_name_are_said(tmp_path, capsys):
+    root = write_folder(tmp_path / "set", classes=("caf\u00e9", "cafe\u0301"))
+    with pytest.raises(InputError, match="has the class caf. twice"):
+        data.load(f"folder:{root}", tmp_path, "cpu", 16)
+    root = write_folder(tmp_path / "lines", classes=("a\nb", "c"))
+    data.load(f"folder:{root}", tmp_path, "cpu", 16)
+    assert "(a\\nb 6, c 6)" in capsys.readouterr().out
+
+
 def test_links_to_pictures_that_lie_elsewhere_are_a_set(tmp_path):
     root = write_folder(tmp_path / "set")
     (root / "train").rename(tmp_path / "pool")

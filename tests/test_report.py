@@ -396,6 +396,45 @@ def test_check_finds_hand_edits_missing_and_extra_files(project):
     assert not list(results.rglob("*.tmp"))
 
 
+@pytest.mark.parametrize("name", ["README.md", "small/demo.md", "small/summary.json",
+                                  "small/demo_depth.svg"])
+def test_files_of_somebody_else_are_not_overwritten(project, name):
+    add(project, "ours/deep", 0, 88.25)
+    add(project, "ours/flat", 0, 87.25)
+    write_tables(project / "results", project / "papers")
+    path = project / "results" / name
+    path.write_text("mine")
+    with pytest.raises(records.InputError, match=f"{name} was not made by this program"):
+        write_tables(project / "results", project / "papers")
+    assert path.read_text() == "mine"
+    path.unlink()
+    write_tables(project / "results", project / "papers")
+    assert "mine" not in path.read_text()
+
+
+def test_many_damaged_lines_and_files_of_others_get_a_line_each(project, capsys):
+    add(project, "ours/deep", 0, 88.25)
+    for name in ("demo", "else"):
+        with (project / f"results/small/{name}.jsonl").open("a") as file:
+            file.write("nothing\n" * 2000)
+    render(project / "results", project / "papers")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and lines[2].endswith("so are 1997 more lines")
+    assert lines[3] == "warning: small/else.jsonl: there is no script else.py, skipped"
+
+
+@pytest.mark.parametrize("history", [[[-5, 1.0], [-1, 2.0]], [[1, 1e20], [2, 1e20]],
+                                     [[1, 5e-324], [2, 0]]])
+def test_odd_learning_curves_stop_no_page(project, history):
+    path = project / "papers/demo.yaml"
+    path.write_text(path.read_text() + "  loss: {title: Loss, x: step, y: nats, lines: {ours: {row: "
+                    "ours/deep, scalar: loss}}}\n")
+    add(project, "ours/deep", 0, 88.25, history={"loss": history})
+    drawing = render(project / "results", project / "papers")[
+        project / "results/small/demo_loss.svg"]
+    assert "polyline" in drawing and "nan" not in drawing
+
+
 def test_smoke_is_rendered_but_neither_checked_nor_in_the_index(project):
     results, papers = project / "results", project / "papers"
     (results / "smoke").mkdir()
@@ -414,7 +453,7 @@ def test_records_without_script_or_row_are_a_warning(project, capsys):
     (project / "results/small/lost.jsonl").write_text("{}\n")
     files = render(project / "results", project / "papers")
     warned = capsys.readouterr().err
-    for words in ("lost.py", "does not have: retired", "lost.jsonl line 1: not a record, skipped"):
+    for words in ("lost.py", "does not have: retired"):
         assert words in warned
     assert "lost.md" not in {path.name for path in files}
 

@@ -230,6 +230,7 @@ def test_papers_take_turns_through_the_seeds_that_they_declare(tmp_path, monkeyp
     (["smoke", "../papers/swav"], "unknown scale or paper '../papers/swav'"),
     (["--scale", "foo"], "unknown scale 'foo'"), (["smoke", "--data", "/none"], "no data folder"),
     (["smoke", "--device", "tpu"], "--device: invalid choice: 'tpu'"),
+    (["tables", "--results", ""], "--results"),
     (["smoke", "--results", "/proc/x"], "cannot write to /proc/x"),
     (["smoke", "zhang_colorization", "--colorize", "a.png", "b.png"], "no picture or folder a.png"),
 ])
@@ -362,6 +363,30 @@ def test_a_terminated_run_all_takes_its_child_along(clone, tmp_path):
             process.kill()
         assert process.returncode == 130 and "interrupted: the same command goes on" in error
     assert "resumed at step" in output
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1, 2])
+def test_ctrl_c_while_a_script_loads_its_packages(tmp_path, seconds):
+    process = subprocess.Popen([sys.executable, "-m", "papers.swav", "--scale", "smoke", "--rows",
+                                "random/linear", "--results", str(tmp_path)], cwd=ROOT,
+                               env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT)  # Python itself was not ready
+    assert "Traceback" not in error and len(error.splitlines()) <= 1
+
+
+@pytest.mark.parametrize("words", [["-m", "papers.dann", "--scale", "smoke"],
+                                   ["-m", "replicate.terminal", "turns", "demo", "dann"]])
+def test_a_torch_that_does_not_load_gets_one_line(tmp_path, words):
+    (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so: cannot open')\n")
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, text=True, capture_output=True,
+                          env={**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}",
+                               "PYTHONSAFEPATH": "1"})
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "cannot be loaded (libcudart.so: cannot open): mend it" in done.stderr
 
 
 @pytest.mark.parametrize("seconds", [0.5, 5])  # while Python is looked at; while torch is loaded
