@@ -132,6 +132,10 @@ def convert(pairs, change):
             reason, status = (str(error) or type(error).__name__).splitlines()[0], 2
             tell(f"error: {path} is left out: {reason}")
             continue
+        if os.path.lexists(made):  # since the beginning, or on a disk that ignores case
+            status = 2
+            tell(f"error: {path} is left out: {made} is there already")
+            continue
         write(made, content)
         print(f"{number}/{len(pairs)}  {made}  {picture.width} x {picture.height}  "
               f"{time.perf_counter() - start:.1f} s{lost}", flush=True)

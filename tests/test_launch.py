@@ -71,6 +71,23 @@ def test_a_ledger_that_cannot_be_written_fails_no_run(tmp_path, seventh, folders
     assert (tmp_path / "results/smoke/mirrored.md").exists()
 
 
+def test_a_user_without_a_name_or_temporary_folder_can_run(tmp_path):
+    code = ("import getpass, tempfile\n"
+            "def fail(*_): raise KeyError('getpwuid(): uid not found: 12345')\n"
+            "getpass.getuser = fail\n"
+            "def none(): raise FileNotFoundError(2, 'No usable temporary directory found')\n"
+            "tempfile.gettempdir = none\n"
+            "from papers import gidaris_rotation\n"
+            "raise SystemExit(gidaris_rotation.main())")
+    environment = {name: value for name, value in os.environ.items()
+                   if name != "TORCHINDUCTOR_CACHE_DIR"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--scale", "smoke", "--rows", "random/block2/knn",
+         "--results", str(tmp_path), "--runs", str(tmp_path)], cwd=ROOT, env=environment,
+        capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
 def test_no_cuda_is_said(monkeypatch, seventh, capsys, folders):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert seventh.main(["--scale", "smoke", "--device", "cuda", *folders]) == 2

@@ -653,6 +653,23 @@ def test_of_several_networks_the_one_that_was_trained_longest_is_taken(tmp_path,
     assert network("b.png") == "0/full.pt, 9 steps, not finished"
 
 
+def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path, checkpoint, capsys,
+                                                          monkeypatch):
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        Image.fromarray(RAMP).save(tmp_path / f"in/{name}.png")
+    own = zhang.colorize
+
+    def colorize(*arguments):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out/b.png").write_text("precious")
+        return own(*arguments)
+    monkeypatch.setattr(zhang, "colorize", colorize)
+    assert color(checkpoint, tmp_path / "in", tmp_path / "out") == 2
+    assert (tmp_path / "out/b.png").read_text() == "precious" and (tmp_path / "out/a.png").exists()
+    assert "out/b.png is there already" in capsys.readouterr().err
+
+
 def test_a_name_that_is_too_long_leaves_out_one_picture(tmp_path, checkpoint, capsys):
     (tmp_path / "in").mkdir()
     for name in ("a.png", "m" * 245 + ".png", "n" * 249 + ".gif", "z.png"):
