@@ -118,6 +118,8 @@ def expand(rows):
         before, brace, rest = pattern.partition("{")
         inside, _, after = rest.partition("}")
         for part in inside.split(",") if brace else [""]:
+            if before + part + after in made:
+                raise ValueError(f"row '{before + part + after}' comes twice")
             made[before + part + after] = entry or {}
     return made
 
@@ -159,9 +161,12 @@ def check_shapes(declared):
             raise TypeError(f"expected {what}")
 
     for row, entry in declared["rows"].items():
+        need(are(str, [entry[key] for key in ("where", "unit") if key in entry]),
+             f"rows: {row}: {{where: a text, unit: a text}}, such as \"Sec. 4.1\"")
         need(isinstance(entry, dict) and is_number(entry.get("paper", 0)),
              f"rows: {row}: {{paper: a number, where: a text}}")
-    need(are(str, [*declared["names"], *declared["names"].values()]), "names: part of a row: text")
+    for key in ("names", "figures"):
+        need(are(str, [*declared[key], *declared[key].values()]), f"{key}: name: a text")
     need(are(str, declared["comparable"]) and isinstance(declared["title"], str),
          "comparable: [scale, ...], title: a text")
     for name, block in declared["scales"].items():
@@ -170,8 +175,8 @@ def check_shapes(declared):
         seeds = (block or {}).get("seeds", [0])
         need(are(int, seeds) and seeds, f"scales: {name}: seeds: [0, ...]")
     for name, curve in declared["curves"].items():
-        need(are(str, [curve[key] for key in ("title", "x", "y")]),
-             f"curves: {name}: title, x and y, which are texts")
+        need(are(str, [curve[key] for key in ("title", "x", "y")] + [curve.get("caption", "")]),
+             f"curves: {name}: title, x, y and perhaps caption, which are texts")
         for line in curve["lines"].values():
             if isinstance(line, dict):
                 good = are(str, [line["row"], line["scalar"]])
@@ -179,6 +184,16 @@ def check_shapes(declared):
                 good = are(list, line) and all(
                     isinstance(x, (str, int, float)) and isinstance(row, str) for x, row in line)
             need(good, f"curves: {name}: lines: name: [[x, row], ...] or {{row: ..., scalar: ...}}")
+
+
+class Declarations(yaml.SafeLoader):
+    """YAML in which no key comes twice; PyYAML would take the last without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        if twice := {key for key in keys if keys.count(key) > 1}:
+            raise ValueError(f"'{min(twice)}' comes twice")
+        return super().construct_mapping(node, deep)
 
 
 def read_declared(path):
@@ -191,7 +206,7 @@ def read_declared(path):
     try:
         declared = {"claims": {}, "curves": {}, "figures": {}, "names": {}, "headline": [],
                     "title": path.stem, "comparable": ["full", "paper"],
-                    **yaml.safe_load(path.read_text(encoding="utf-8"))}
+                    **yaml.load(path.read_text(encoding="utf-8"), Declarations)}
         declared["rows"] = expand(declared.get("rows"))
         declared["scales"] = declared.get("scales") or {}
         declared["headline"] = list(expand(dict.fromkeys(declared["headline"] or ())))

@@ -153,3 +153,18 @@ def test_records_may_be_shared_as_the_users_mask_says(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "a.jsonl").stat().st_mode & 0o777 == 0o664
+
+
+@pytest.mark.parametrize("text,message", [
+    ("rows: {a: {where: 4.1}}", "where: a text"), ("rows: {a: {unit: [5]}}", "unit: a text"),
+    ("figures: {filters: 5}", "figures: name: a text"), ("names: {a: 5}", "names: name: a text"),
+    ("rows: {a: }\ncurves: {c: {title: t, x: x, y: y, caption: 5, lines: {l: [[1, a]]}}}",
+     "perhaps caption"),
+    ("rows: {a: , b: }\nclaims: {c: {test: a > b, where: x, text: y}, c: {}}", "'c' comes twice"),
+    ("rows:\n  a:\n  a:\n", "'a' comes twice"),
+    ("rows: {'a{1,2}': , a2: }", "row 'a2' comes twice"),
+])
+def test_what_pages_could_not_show_is_refused(tmp_path, text, message):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(InputError, match=f"x.yaml is not of the right shape .*{message}"):
+        read_declared(tmp_path / "x.yaml")

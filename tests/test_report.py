@@ -427,8 +427,8 @@ def test_many_damaged_lines_and_files_of_others_get_a_line_each(project, capsys)
                                      [[1, 5e-324], [2, 0]]])
 def test_odd_learning_curves_stop_no_page(project, history):
     path = project / "papers/demo.yaml"
-    path.write_text(path.read_text() + "  loss: {title: Loss, x: step, y: nats, lines: {ours: {row: "
-                    "ours/deep, scalar: loss}}}\n")
+    path.write_text(path.read_text() + "  loss: {title: Loss, x: step, y: nats, lines: {ours: "
+                    "{row: ours/deep, scalar: loss}}}\n")
     add(project, "ours/deep", 0, 88.25, history={"loss": history})
     drawing = render(project / "results", project / "papers")[
         project / "results/small/demo_loss.svg"]

@@ -542,7 +542,8 @@ def test_weights_load_whatever_their_prefix_and_heads(tmp_path, wrap, network, w
 @pytest.mark.parametrize("other", ["--evaluate=none.pt", "--plan"])
 def test_what_goes_not_together_is_said(tmp_path, capsys, folders, other):
     assert swav.main(["--scale", "smoke", "--export", str(tmp_path / "a.pt"), other, *folders]) == 2
-    assert capsys.readouterr().err == "error: --export goes neither with --evaluate nor with --plan\n"
+    error = capsys.readouterr().err
+    assert error == "error: --export goes neither with --evaluate nor with --plan\n"
 
 
 def numbered(encoder):
