@@ -7,7 +7,10 @@ unset CDPATH  # with which cd prints
 self=$(realpath "${BASH_SOURCE[0]}" 2>/dev/null) || self=${BASH_SOURCE[0]}  # it may be a link
 here=$(cd "$(dirname "$self")" && pwd)
 export PYTHONSAFEPATH=1  # called from a folder with a papers/ or types.py of its own, it takes none
-known=$(cd "$here/papers" && printf '%s ' *.yaml | sed 's/\.yaml//g')
+known=  # a script and its YAML make a paper
+for script in "$here"/papers/*.py; do
+    [ ! -e "${script%.py}.yaml" ] || known+="$(basename "$script" .py) "
+done
 usage="usage: ./run_all.sh [smoke|demo|small|full|paper] [SCRIPT ...] [--seeds 0,1,2] [--rows GLOB]
            [--data DIR] [--device auto|cpu|cuda] [--set key=value ...] [--results DIR] [--runs DIR]
            [--force] [--quiet] [--jobs N: so many papers or seeds side by side; demo: all cores]

@@ -4,6 +4,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from replicate.files import as_seen, opened, pictures_below, upright
@@ -20,7 +21,10 @@ def read(path):
     the two together are the picture."""
     with opened(path) as picture:
         frames = getattr(picture, "n_frames", 1)
-        if not picture.has_transparency_data or picture.mode.startswith("I"):
+        if picture.mode.startswith("I") and picture.has_transparency_data:
+            clear = np.asarray(upright(picture)) == picture.info["transparency"]
+            return as_seen(picture), Image.fromarray(np.uint8(255) - 255 * np.uint8(clear)), frames
+        if not picture.has_transparency_data:
             return as_seen(picture), None, frames
         picture = upright(picture).convert("RGBA")
         return picture.convert("RGB"), picture.getchannel("A"), frames
@@ -89,7 +93,8 @@ def pair(source, target):
     own, inner, pairs = source.resolve(), target.resolve(), {}
     for path in map(Path, found):
         if own in inner.parents and inner in path.resolve().parents and many:
-            continue  # made before, in a folder of the source
+            left_out["in the folder to write to"] += 1  # made before, perhaps
+            continue
         made = target / path.relative_to(source if many else source.parent)
         while made.suffix.lower() not in written or made in pairs:
             made = made.with_name(made.name + ".png")

@@ -203,6 +203,8 @@ def read_declared(path):
     `where` begins with that word).  InputError where the file is of another shape.
     """
     path = Path(path).with_suffix(".yaml")
+    if not path.exists():
+        raise InputError(f"there is no {path}: each script has such a file beside it, see README")
     try:
         declared = {"claims": {}, "curves": {}, "figures": {}, "names": {}, "headline": [],
                     "title": path.stem, "comparable": ["full", "paper"],

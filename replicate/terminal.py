@@ -155,8 +155,8 @@ def needed(papers, scale):
     from replicate import trainer
     names = set()
     for paper in papers:
-        declared = records.read_declared(ROOT / "papers" / f"{paper}.yaml")
         try:
+            declared = records.read_declared(ROOT / "papers" / f"{paper}.yaml")
             config, _ = trainer.read_settings(importlib.import_module(f"papers.{paper}").Config,
                                               declared, scale)
             names |= {value for value in vars(config).values() if isinstance(value, str)}
@@ -172,20 +172,24 @@ def recorded_data(paper, scale):
 
 
 def scales_of(paper):
-    """{scale: settings, rows and seeds} as the paper's YAML declares them."""
-    return records.read_declared(ROOT / "papers" / f"{paper}.yaml")["scales"]
+    """{scale: settings, rows and seeds} as the paper's YAML declares them; {} where it is not of
+    the right shape, which its script says without stopping others."""
+    try:
+        return records.read_declared(ROOT / "papers" / f"{paper}.yaml")["scales"]
+    except InputError:
+        return {}
 
 
 def having(papers, scale):
-    """Those of the papers whose YAML declares the scale."""
-    return [paper for paper in papers if scale in scales_of(paper)]
+    """Those of the papers whose YAML declares the scale, or nothing that can be read."""
+    return [paper for paper in papers if scale in (scales_of(paper) or [scale])]
 
 
 def turns(papers, scale, given=None):
     """["paper seed", ...] in the order of work: the first seed of every paper, then the second;
     given: a text such as 0,1,2, or the seeds that the papers declare."""
     known = {name for paper in papers for name in scales_of(paper)}
-    if scale not in known:
+    if known and scale not in known:
         raise InputError(f"unknown scale '{scale}'; known: {', '.join(sorted(known))}")
     seeds = {paper: read_seeds(given, scales_of(paper).get(scale, {}).get("seeds", [0]))
              for paper in papers}

@@ -129,8 +129,9 @@ def test_without_a_scale_it_is_demo_or_full_with_a_gpu_and_the_data(demo, monkey
     assert terminal.choose_scale(["one"], root, "cpu")[0] == "demo"
     assert terminal.choose_scale(["one"], "", "auto", "embedded")[0] == "demo"
     assert terminal.choose_scale(["one"], "", "auto", "folder:x")[0] == "full"
-    with pytest.raises(records.InputError, match="no data folder"):
-        terminal.choose_scale(["one"], str(tmp_path / "none"))
+    with pytest.raises(SystemExit) as stopped:
+        terminal.main(["scale", "one", "--data", str(tmp_path / "none")])
+    assert stopped.value.code == 2
 
 
 def test_the_summary_says_how_yours_lie_and_what_comes_next(demo, monkeypatch, capsys):
@@ -288,6 +289,26 @@ def test_help_lists_the_commands():
     assert run_all("--results", "x", "--help").stdout == result.stdout
     own = run_all("swav", "--help", "smoke")  # a script's own options
     assert own.returncode == 0 and "--evaluate FILE" in own.stdout
+
+
+def test_files_that_make_no_paper_are_none_and_a_wrong_one_stops_no_other(clone):
+    papers, dann = clone / "papers", (ROOT / "papers/dann.yaml").read_text()
+    added = [papers / name for name in ("dann_old.yaml", "my dann.yaml", "alone.py", "wrong.py",
+                                        "wrong.yaml")]
+    for path in added:
+        path.write_text(dann if path.suffix == ".yaml" else "from papers.dann import *\n")
+    (papers / "wrong.yaml").write_text("rows: {a: {where: 4.1}}\nscales: {smoke: }\n")
+    (papers / "wrong.py").write_text(
+        (papers / "dann.py").read_text().replace('"dann"', '"wrong"'))
+    try:
+        help = run_all("--help", folder=clone).stdout
+        result = run_all("smoke", "wrong", *QUICK, folder=clone)
+    finally:
+        for path in added:
+            path.unlink()
+    assert "dann_old" not in help and "my" not in help.partition("Scripts:")[2].split()
+    assert result.returncode == 2 and "wrong.yaml is not of the right shape" in result.stderr
+    assert "random/block2/knn" in result.stdout
 
 
 def test_a_script_that_is_added_is_found(clone):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import write_folder
@@ -651,6 +652,24 @@ def test_of_several_networks_the_one_that_was_trained_longest_is_taken(tmp_path,
     for number in (1, 2, 3):
         (tmp_path / f"runs/zhang_colorization/{number}/full.pt").unlink()
     assert network("b.png") == "0/full.pt, 9 steps, not finished"
+
+
+def test_the_transparent_level_of_a_deep_picture_stays_transparent(tmp_path, checkpoint):
+    levels = np.full((20, 20), 30000, np.uint16)
+    levels[:5] = 7
+    Image.fromarray(levels).save(tmp_path / "in.png", transparency=7)
+    assert color(checkpoint, tmp_path / "in.png", tmp_path / "out.png") == 0
+    with Image.open(tmp_path / "out.png") as picture:
+        alpha = np.asarray(picture.convert("RGBA"))[..., 3]
+    assert (alpha[:5] == 0).all() and (alpha[5:] == 255).all()
+
+
+def test_what_lies_in_the_folder_to_write_to_is_said_to_be_left_out(tmp_path, checkpoint, capsys):
+    for name in ("in/a.png", "in/made/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(RAMP).save(tmp_path / name)
+    assert color(checkpoint, tmp_path / "in", tmp_path / "in/made") == 0
+    assert "1 pictures; left out: 1 in the folder to write to" in capsys.readouterr().out
 
 
 def test_a_file_that_appears_meanwhile_is_not_overwritten(tmp_path, checkpoint, capsys,
