@@ -308,7 +308,7 @@ def test_files_that_make_no_paper_are_none_and_a_wrong_one_stops_no_other(clone)
             path.unlink()
     assert "dann_old" not in help and "my" not in help.partition("Scripts:")[2].split()
     assert result.returncode == 2 and "wrong.yaml is not of the right shape" in result.stderr
-    assert "random/block2/knn" in result.stdout
+    assert "of gidaris_rotation are in" in result.stdout or "gidaris_rotation, sc" in result.stdout
 
 
 def test_a_script_that_is_added_is_found(clone):
