@@ -246,7 +246,7 @@ def row_line(view, row):
     text = f"  {row:<30} {view.value(row):>18}   paper {view.published(row)}"
     if view.reference and view.reference.rows[row]["values"]:
         state = report.compare(view.rows[row], view.reference.rows[row])
-        state = {"equal": ", yours equal to the last digit, seed by seed",
+        state = {"equal": ", yours equal to it, seed by seed",
                  "inside": ", yours inside its spread", "outside": ", yours OUTSIDE its spread",
                  "": ""}.get(state, f", not compared: {state}")
         text += f"   reference {view.reference.value(row)}{state}"

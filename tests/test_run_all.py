@@ -160,7 +160,7 @@ def test_one_seed_is_no_verdict_and_the_same_code_gives_the_same_digits(demo):
     view, _ = report.look(path.parent, "one", demo / "papers",
                           report.reference_of(path.parent, demo / "papers"))
     _, row, _, claims, _ = terminal.paper_lines(view)
-    assert row.endswith(", yours equal to the last digit, seed by seed")
+    assert row.endswith(", yours equal to it, seed by seed")
     assert claims.endswith("; no verdict yet, 1 of 3 seeds are in")
 
 
