@@ -88,7 +88,6 @@ while [ $# -gt 0 ]; do
         --force|--plan|--quiet|--help|--*=*) ;;
         --seeds|--jobs|--scale|--rows|--data|--device|--set|--results|--runs)
             [ $# -gt 1 ] || fail "$word takes a value"; shift; word=$word=$1 ;;
-        --*) own=${own:-$word} ;;  # a script's own option, or unknown
     esac
     case "$word" in
         -h|--help) help=1 ;;
@@ -98,7 +97,7 @@ while [ $# -gt 0 ]; do
         --scale=*) scale=${word#*=} ;;
         --force|--quiet|--rows=*|--data=*|--device=*|--set=*|--results=*|--runs=*)
             options+=("$word") ;;
-        -*) options+=("$word"); own=${own:-${word%%=*}} ;;
+        -*) options+=("$word"); own=${own:-${word%%=*}} ;;  # a script's own, or unknown
         smoke|demo|small|full|paper) scale=$word ;;
         *) if [[ " $known" == *" $word "* ]]; then
                [[ " ${papers[*]} " == *" $word "* ]] || papers+=("$word")

@@ -6,9 +6,10 @@ import sys
 
 if sys.argv[:1] == ["-m"]:
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
+    from replicate import records
+
     try:
-        import torch  # noqa: F401
-    except (ImportError, OSError) as error:
-        print(f"error: torch of {sys.executable} cannot be loaded ({' '.join(str(error).split())}):"
-              " mend it, or take another Python", file=sys.stderr)
+        records.require_torch()
+    except records.InputError as error:
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -34,15 +34,15 @@ def lines_of(curve, rows, published):
         if isinstance(line, dict):
             lines.append((name, color, False, learning_curve(rows[line["row"]], line["scalar"])))
             continue
-        lines.append((name, color, False, [(x, rows[row]["mean"], rows[row]["sd"] or 0.0)
-                                           for x, row in line if rows[row]["values"]]))
+        points = [(x, rows[row]["mean"], rows[row]["sd"] or 0.0)
+                  for x, row in line if rows[row]["values"]]
+        if len(points) < 2:  # a point is no curve
+            continue
+        lines.append((name, color, False, points))
         known = [(x, published[row]) for x, row in line if "paper" in published[row]]
         doubt = ", some values not confirmed" * any(e.get("unconfirmed") for _, e in known)
-        if len(lines[-1][3]) < 2:  # a point is no curve
-            lines.pop()
-        else:
-            lines.append((f"{name}, published{doubt}", color, True,
-                          [(x, entry["paper"], 0.0) for x, entry in known]))
+        lines.append((f"{name}, published{doubt}", color, True,
+                      [(x, entry["paper"], 0.0) for x, entry in known]))
     return [line for line in lines if line[3]]
 
 

@@ -32,9 +32,10 @@ def is_saved(path):
 
 def tensors_in(state, prefix=""):
     """{dotted name: tensor} of all tensors in nested dicts and lists."""
-    found, several = {}, isinstance(state, (list, tuple))
-    for key, value in (state.items() if isinstance(state, dict)
-                       else enumerate(state) if several else ()):
+    found = {}
+    if isinstance(state, (list, tuple)):
+        state = dict(enumerate(state))
+    for key, value in state.items() if isinstance(state, dict) else ():
         if torch.is_tensor(value):
             found[f"{prefix}{key}"] = value
         found |= tensors_in(value, f"{prefix}{key}.")

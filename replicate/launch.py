@@ -184,7 +184,6 @@ def locked(run):
                 run.say(f"note: no lock in {run.folder}: do not run the same twice at once")
             for checkpoint in run.folder.glob("*.pt") if run.force else ():
                 checkpoint.unlink()
-            records.tidy(run.folder, run.suite)
         if run.ranks > 1:
             dist.barrier()
         yield

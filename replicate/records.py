@@ -300,12 +300,22 @@ def dropping(output, name):
     return call
 
 
-def named(text):
-    """A folder's name on a command line -> the same, with ~ spelt out; ValueError for an empty one,
+def folder(text):
+    """A folder's name on a command line -> its Path, with ~ spelt out; ValueError for an empty one,
     such as a shell's variable that is not set."""
     if not text:
         raise ValueError
-    return os.path.expanduser(text)
+    return Path(text).expanduser()
+
+
+def require_torch():
+    """InputError where torch, whose import takes seconds, is there and does not load."""
+    try:
+        import torch  # noqa: F401
+    except (ImportError, OSError) as error:
+        raise InputError(f"torch of {sys.executable} cannot be loaded "
+                         f"({' '.join(str(error).split())}): mend it, or take another "
+                         "Python") from None
 
 
 def is_first_rank():

@@ -423,12 +423,12 @@ def names_in(rows, declared):
     A glob stands for several parts.  The first that fits counts, of the paper's `names` and then
     of NAMES.
     """
-    meanings, found = {**declared["names"], **NAMES, **declared["names"]}, {}
+    known, found = [*declared["names"].items(), *NAMES.items()], {}
     for part in dict.fromkeys(part for row in rows for part in row.split("/")):
-        glob = next((glob for glob in meanings if fnmatch.fnmatchcase(part, glob)), None)
-        if glob:
-            found.setdefault(glob, []).append(part)
-    return [(parts, meanings[glob]) for glob, parts in found.items()]
+        name = next((name for name in known if fnmatch.fnmatchcase(part, name[0])), None)
+        if name:
+            found.setdefault(name, []).append(part)
+    return [(parts, meaning) for (_, meaning), parts in found.items()]
 
 
 def render_seeds(view):
@@ -691,10 +691,10 @@ def main(arguments=None):
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     parser.add_argument("--check", action="store_true",
                         help="write nothing; exit 1 if a file does not follow from the records")
-    parser.add_argument("--results", type=records.named, metavar="DIR",
+    parser.add_argument("--results", type=records.folder, metavar="DIR",
                         help="default: results/, and out/ where there is one and no --check")
     options = parser.parse_args(arguments)
-    folders, out = [Path(options.results or records.ROOT / "results")], records.ROOT / "out"
+    folders, out = [options.results or records.ROOT / "results"], records.ROOT / "out"
     if not options.results and not options.check and out.is_dir():
         folders.append(out)
     if not folders[0].is_dir():

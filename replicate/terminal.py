@@ -357,8 +357,7 @@ def main(arguments=None):
     given, _ = parser.parse_known_args(arguments)
     try:
         if given.command != "end":
-            import torch  # noqa: F401, so that one line says that it does not load
-
+            records.require_torch()  # once, before every paper says it
             check_options(given)
         if given.command == "scale":
             sets = [text.partition("=")[2] for text in given.set if text.startswith("dataset=")]
@@ -371,9 +370,6 @@ def main(arguments=None):
             notes = read_notes(given.ledger)
             lines = sum_up_plan(notes, given.turns.split()[::2]) if given.plan else summarize(notes)
             print(*lines, sep="\n", end="\n" * bool(lines))
-    except ImportError as error:
-        parser.error(f"torch of {sys.executable} cannot be loaded ({' '.join(str(error).split())})"
-                     ": mend it, or take another Python")
     except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     return 0

@@ -325,8 +325,8 @@ def main(arguments=None):
     add, cuda = parser.add_argument, torch.cuda.is_available()
     add("scale", nargs="?", default="full" if cuda else "small", help="smoke, demo, small or full")
     add("papers", nargs="*", default=list(MAIN), help="default: all six")
-    add("--results", default=ROOT / "out" / "bench", metavar="DIR",
-        type=lambda text: Path(records.named(text)))
+    add("--results", default=ROOT / "out" / "bench", type=records.folder,
+        metavar="DIR")
     add("--quick", action="store_true", help="two rounds of everything, to see that it runs")
     add("--first", action="store_true", help=argparse.SUPPRESS)  # stop at the first step
     add("--session", default="", help=argparse.SUPPRESS)  # of the process that asks for this part
